@@ -1,0 +1,274 @@
+"""The seam between fastft and a model family: types only.
+
+An adapter (see `Adapter`) turns its options into a `Task`: the model, the loss that training
+minimises and evaluation reports, and what the core must know to compile, freeze, check and
+measure it. CONTRIBUTING.md ("Writing an adapter") walks through one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fastft.config import DataSource
+
+Split = Literal["train", "validation", "test"]
+
+# One example: field name -> array, tensor or host value.
+Sample = Mapping[str, Any]
+
+
+class Dataset(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Collated samples.
+
+    Attributes:
+        data: field name -> tensor, or any pytree of tensors and host values (dates, names).
+        size: samples in it.
+        source: data set it was drawn from; empty where samples of several are mixed.
+    """
+
+    data: Mapping[str, Any]
+    size: int
+    source: str = ""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`; does not wait for copies from pinned memory."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(self, data=tree_map_only(Tensor, move, dict(self.data)))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked host memory; called by torch's DataLoader."""
+        return replace(self, data=tree_map_only(Tensor, Tensor.pin_memory, dict(self.data)))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function returns.
+
+    Attributes:
+        total: scalar that is differentiated; a mean over the batch.
+        parts: detached scalars to log, by name.
+        predictions: what metrics compare with the batch, detached; a tensor, or a mapping of them.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    predictions: Any = None
+
+
+class LossFunction(Protocol):
+    """Runs the model on a batch. Used for training and, without gradients, for evaluation.
+
+    It must not read device values on the host (`.item()`, `if tensor:`), nor keep Python state. One
+    that differentiates the model inside (forces) enables gradients itself.
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch, /) -> Loss: ...
+
+
+class Criterion(Protocol):
+    """The run file's `[loss]`: compares predictions with a batch's fields."""
+
+    def __call__(self, predictions: Any, fields: Mapping[str, Any], /) -> Loss: ...
+
+
+class Metric(Protocol):
+    """Accumulates over evaluation batches; kept on the device until `compute`."""
+
+    def update(self, predictions: Any, batch: Batch, /) -> None: ...
+    def compute(self) -> Mapping[str, float]: ...
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """A repeated module: what is compiled on its own, and what may be recomputed."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What the model expects of one field of a (transformed) sample; read by the data checks.
+
+    Attributes:
+        mean, std: statistics that the model's normalisation assumes, scalars or one per channel.
+        channel_axis: axis of a sample's array that `mean` and `std` run along.
+        classes: number of classes, where the field holds class indices.
+        ignore_index: label that does not count.
+    """
+
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    channel_axis: int | None = None
+    classes: int | None = None
+    ignore_index: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model ready to be fine-tuned.
+
+    Attributes:
+        model: parameters on the device that `Adapter.build` was given.
+        loss: see `LossFunction`.
+        blocks: repeated modules in forward order.
+        heads: names of the modules that a new task usually replaces.
+        metrics: the adapter's own; those of the run file are added by the core.
+        fields: what the model expects of the data, by field.
+        layers: parameter name -> layer number, 0 nearest the input, for layer-wise decay; None:
+            derived from `blocks`.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    blocks: Sequence[Block] = ()
+    heads: Sequence[str] = ()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    fields: Mapping[str, FieldSpec] = field(default_factory=dict)
+    layers: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a data check found.
+
+    Attributes:
+        check: the check's name, as in `data.checks.ignore`.
+        severity: an 'error' stops the run, a 'warning' is printed.
+        where: data set and field.
+        what: the problem, with numbers.
+        count: values or samples concerned.
+        example: one of them, with its index.
+        advice: what to do.
+    """
+
+    check: str
+    severity: Literal["error", "warning"]
+    where: str
+    what: str
+    count: int
+    example: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """What a data check reads: samples after the adapter's transform, read anew at each pass.
+
+    Attributes:
+        sources: (data set name, split, samples), at most `data.checks.max_samples` of each.
+        fields: the model's expectations.
+    """
+
+    sources: Sequence[tuple[str, Split, Iterable[Sample]]]
+    fields: Mapping[str, FieldSpec]
+
+
+DataCheck = Callable[[CheckData], Iterable[Finding]]
+
+
+class Loader(Protocol):
+    """Yields the batches of steps `first`, `first + 1`, ...; what it yields depends on the step alone."""
+
+    def batches(self, first: int = 0) -> Iterable[Batch]: ...
+    def example(self) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `fastft show` prints of a checkpoint: a title and rows of (name, value)."""
+
+    title: str
+    rows: Sequence[tuple[str, str]]
+
+
+class Adapter(Protocol):
+    """A model family. Made with its parsed options: `adapter = Adapter(options)`.
+
+    Attributes:
+        Options: pydantic dataclass that checks `[model.options]`.
+        checks: data checks beside the core's.
+    """
+
+    Options: ClassVar[type]
+    checks: Sequence[DataCheck]
+
+    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+        """The task with freshly initialised weights on `device`.
+
+        Args:
+            criterion: the run file's `[loss]`, None where it has no terms.
+        """
+        ...
+
+    def weights(self, path: Path) -> Mapping[str, Tensor] | None:
+        """The checkpoint's tensors under this model's names; None: the core reads the file."""
+        ...
+
+    def dataset(self, source: DataSource, split: Split) -> Dataset:
+        """Opens a data set in the family's own format (`format = "adapter"`)."""
+        ...
+
+    def transform(self, sample: Sample, split: Split) -> Sample:
+        """One raw sample as the model takes it; runs in loader workers, with seeded global RNGs."""
+        ...
+
+    def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """Samples as one batch; runs in loader workers."""
+        ...
+
+    def prepare(self, task: Task, loader: Loader) -> None:
+        """What depends on the data, before the optimizer is made: energy bias, statistics."""
+        ...
+
+    def save(self, task: Task, path: Path) -> None:
+        """Writes the checkpoint that the family's own tools open."""
+        ...
+
+    def describe(self, path: Path) -> Description | None:
+        """The family's view of a checkpoint; None: the core's table of tensors."""
+        ...
+
+
+def repeated_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """The repeated modules that hold most parameters: outermost modules whose class occurs at least
+    twice among their siblings' descendants, in definition order."""
+    counts: dict[type, int] = {}
+    sizes: dict[type, int] = {}
+    for module in model.modules():
+        if module is model or not next(iter(module.children()), None):
+            continue
+        kind = type(module)
+        counts[kind] = counts.get(kind, 0) + 1
+        sizes[kind] = sizes.get(kind, 0) + sum(p.numel() for p in module.parameters())
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    kinds = [k for k, n in counts.items() if n >= 2 and not issubclass(k, containers)]
+    if not kinds:
+        return ()
+    largest = max(kinds, key=lambda kind: sizes[kind])
+    blocks = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(block.name + ".") for block in blocks)
+        if type(module) is largest and not inside:
+            blocks.append(Block(name, module))
+    return tuple(blocks)
