@@ -36,9 +36,9 @@ class RunSection:
     device: Annotated[
         str, describe("'auto', 'cpu', 'cuda' or 'cuda:N'.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     ] = "auto"
-    deterministic: Annotated[
-        bool, describe("Only deterministic algorithms; slower on a GPU.")
-    ] = False
+    deterministic: Annotated[bool, describe("Only deterministic algorithms; slower on a GPU.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
@@ -190,9 +190,9 @@ class CrossEntropy(LossTermBase):
     """Cross entropy of logits `[B, C, ...]` with class indices `[B, ...]`."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    class_weights: Annotated[
-        tuple[NonNegative, ...] | None, describe("One factor per class.")
-    ] = None
+    class_weights: Annotated[tuple[NonNegative, ...] | None, describe("One factor per class.")] = (
+        None
+    )
     label_smoothing: Annotated[Fraction, describe("Share spread evenly over classes.")] = 0.0
     ignore_index: Annotated[int, describe("Label that does not count.")] = -100
 
@@ -242,9 +242,9 @@ class Focal(LossTermBase):
 
     name: Literal["focal"] = "focal"
     gamma: Annotated[NonNegative, describe("Exponent of (1 - p).")] = 2.0
-    class_weights: Annotated[
-        tuple[NonNegative, ...] | None, describe("One factor per class.")
-    ] = None
+    class_weights: Annotated[tuple[NonNegative, ...] | None, describe("One factor per class.")] = (
+        None
+    )
     ignore_index: Annotated[int, describe("Label that does not count.")] = -100
 
 
@@ -381,15 +381,16 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_strict)
 class MetricConfig:
-    """One torchmetrics metric."""
+    """One evaluation metric."""
 
     name: Annotated[
         Literal["accuracy", "f1", "precision", "recall", "iou", "dice", "mae", "rmse"],
         describe("Metric."),
     ]
     average: Annotated[
-        Literal["micro", "macro", "weighted"], describe("How classes are averaged.")
-    ] = "macro"
+        Literal["micro", "macro", "weighted"] | None,
+        describe("How classes are averaged; default: micro for accuracy, macro for the others."),
+    ] = None
     per_class: Annotated[bool, describe("Also report each class.")] = False
     prediction: Annotated[
         str | None, describe("Key of the model's output, where that is a mapping.")

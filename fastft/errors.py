@@ -1,5 +1,6 @@
 """What fastft raises when the user can mend it. Each message reads `where: what must hold; got what; do this`."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -47,3 +48,17 @@ class TrainingInterrupted(FastftError):
     """A signal ended the run after a finished step and a saved checkpoint."""
 
     exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to append to a message about an unknown name.
+
+    `; did you mean 'x'?`, or `; choose from 'a', 'b', ...` where none is close, or nothing.
+    """
+    known = list(known)
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean '{close[0]}'?"
+    if not known:
+        return ""
+    listed = ", ".join(f"'{k}'" for k in known[:10])
+    return f"; choose from {listed}{', ...' if len(known) > 10 else ''}"

@@ -251,8 +251,11 @@ class Adapter(Protocol):
 
 
 def repeated_blocks(model: nn.Module) -> tuple[Block, ...]:
-    """The repeated modules that hold most parameters: outermost modules whose class occurs at least
-    twice among their siblings' descendants, in definition order."""
+    """The repeated modules that hold most of a model's parameters, in definition order.
+
+    Of the module classes that occur at least twice and hold nearly as many parameters as any such
+    class does, the one that occurs most often: a stage's blocks rather than the stages.
+    """
     counts: dict[type, int] = {}
     sizes: dict[type, int] = {}
     for module in model.modules():
@@ -265,10 +268,11 @@ def repeated_blocks(model: nn.Module) -> tuple[Block, ...]:
     kinds = [k for k, n in counts.items() if n >= 2 and not issubclass(k, containers)]
     if not kinds:
         return ()
-    largest = max(kinds, key=lambda kind: sizes[kind])
+    largest = max(sizes[kind] for kind in kinds)
+    chosen = max((k for k in kinds if sizes[k] >= 0.8 * largest), key=lambda kind: counts[kind])
     blocks = []
     for name, module in model.named_modules():
         inside = any(name.startswith(block.name + ".") for block in blocks)
-        if type(module) is largest and not inside:
+        if type(module) is chosen and not inside:
             blocks.append(Block(name, module))
     return tuple(blocks)

@@ -1,0 +1,96 @@
+"""Pretrains on handwritten digits 0-4, fine-tunes on digits 5-9, and shows what each way reaches.
+
+Run by `scripts/quickstart`; everything it writes is under `runs/quickstart`. The digits are
+scikit-learn's `load_digits`: 1,797 real images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, UCI 1998).
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+from fastft.evaluate import evaluate, export
+from fastft.runfile import read_run_file
+from fastft.train import train
+
+FOLDER = Path("runs/quickstart")
+HERE = Path(__file__).parent
+PRETRAINED = FOLDER / "pretrained.safetensors"
+
+
+def write_data(folder: Path) -> None:
+    """Digits 0-4 and 5-9, a quarter of each held out, as .npz files."""
+    digits = load_digits()
+    images = (digits.images / 16.0).astype(np.float32)
+    folder.mkdir(parents=True)
+    for first in (0, 5):
+        chosen = np.flatnonzero((digits.target >= first) & (digits.target < first + 5))
+        chosen = np.random.default_rng(0).permutation(chosen)
+        held_out = len(chosen) // 4
+        for split, indices in (("validation", chosen[:held_out]), ("train", chosen[held_out:])):
+            np.savez(
+                folder / f"digits-{first}-{first + 4}-{split}.npz",
+                inputs=images[indices],
+                targets=digits.target[indices] - first,
+            )
+
+
+def main() -> None:
+    console = Console()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_data(FOLDER / "data")
+    pretraining = read_run_file(HERE / "pretrain.toml")
+    finetuning = read_run_file(HERE / "finetune.toml")
+    probing = read_run_file(
+        HERE / "finetune.toml",
+        ["finetune.method=probe", f"run.folder={FOLDER / 'probe'}", "optim.groups=[]"],
+    )
+
+    def timed(title: str, action: Callable[[], dict[str, float]]) -> tuple[str, float, float]:
+        console.rule(title)
+        began = time.perf_counter()
+        accuracy = action()["accuracy"]
+        return title, accuracy, time.perf_counter() - began
+
+    def pretrain() -> dict[str, float]:
+        train(pretraining, console)
+        export(pretraining, console, PRETRAINED)
+        return evaluate(pretraining, console)
+
+    def before() -> dict[str, float]:
+        return evaluate(finetuning, console, checkpoint=str(PRETRAINED))
+
+    def probe() -> dict[str, float]:
+        train(probing, console)
+        return evaluate(probing, console)
+
+    def finetune() -> dict[str, float]:
+        train(finetuning, console)
+        return evaluate(finetuning, console)
+
+    timed("pretraining on digits 0-4", pretrain)
+    rows = [
+        timed("before fine-tuning", before),
+        timed("linear probe", probe),
+        timed("full fine-tuning", finetune),
+    ]
+    table = Table(title="Held-out accuracy on digits 5-9")
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    table.add_column("seconds", justify="right")
+    for title, accuracy, seconds in rows:
+        table.add_row(title, f"{accuracy:.3f}", f"{seconds:.1f}")
+    console.print(table)
+    exported = FOLDER / "finetuned.safetensors"
+    export(finetuning, console, exported)
+    console.print(f"TensorBoard logs: tensorboard --logdir {FOLDER}")
+    console.print(f"checkpoint: {finetuning.run.folder / 'checkpoints'}, exported to {exported}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module per model family; `registry` finds them by name."""

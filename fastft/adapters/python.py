@@ -1,0 +1,157 @@
+"""A user's own Python file as an adapter.
+
+The file defines a class `Adapter` (see `fastft.task.Adapter`), or just a function `build(**arguments)`
+that returns the model, `(model, loss)`, or a `Task`. Beside `build` it may define any of the
+adapter's other methods as functions of the same arguments: `dataset`, `transform`, `collate`,
+`prepare`, `save`, `describe`, `weights`, and a list `checks`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, cast
+
+import safetensors.torch
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fastft.config import DataSource
+from fastft.errors import AdapterError, ConfigError, DataError
+from fastft.runfile import parse
+from fastft.task import (
+    Adapter,
+    Batch,
+    Criterion,
+    DataCheck,
+    Dataset,
+    Description,
+    Loader,
+    Loss,
+    LossFunction,
+    Sample,
+    Split,
+    Task,
+    repeated_blocks,
+)
+from fastft.userfile import import_file
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class PythonOptions:
+    """`[model.options]` of the python adapter."""
+
+    file: Annotated[Path, Field(description="Python file with `build` or a class `Adapter`.")]
+    arguments: Annotated[
+        dict[str, Any], Field(description="Passed to `build`, or the options of `Adapter`.")
+    ] = field(default_factory=dict)
+
+
+def open_python_adapter(options: PythonOptions) -> Adapter:
+    """The adapter that a user's file defines."""
+    module = import_file(options.file, where="model.options.file", error=AdapterError)
+    if hasattr(module, "Adapter"):
+        kind = module.Adapter
+        return cast(Adapter, kind(parse(kind.Options, options.arguments, where=str(options.file))))
+    if not hasattr(module, "build"):
+        raise AdapterError(
+            f"{options.file}: must define `build` or a class `Adapter`; it defines neither"
+        )
+    return FileAdapter(module, options)
+
+
+open_python_adapter.Options = PythonOptions  # type: ignore[attr-defined]
+
+
+class FileAdapter:
+    """The functions of a user's file, each with a default where the file has none."""
+
+    Options: ClassVar[type] = PythonOptions
+
+    def __init__(self, module: ModuleType, options: PythonOptions) -> None:
+        self._module = module
+        self._options = options
+        self.checks: Sequence[DataCheck] = getattr(module, "checks", ())
+
+    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+        """What `build(**arguments)` returns, completed to a task."""
+        built = self._module.build(**self._options.arguments)
+        if isinstance(built, Task):
+            built.model.to(device)
+            return built
+        model, own_loss = built if isinstance(built, tuple) else (built, None)
+        if not isinstance(model, nn.Module):
+            raise AdapterError(
+                f"{self._options.file}: build() must return an nn.Module, (nn.Module, loss) or a"
+                f" Task; got {type(model).__name__}"
+            )
+        if own_loss is None and criterion is None:
+            raise ConfigError(
+                "loss.terms: build() returned no loss, so the run file needs one; add a"
+                " [[loss.terms]] section, or return (model, loss)"
+            )
+        loss = _wrap(own_loss) if own_loss is not None else _on_inputs(cast(Criterion, criterion))
+        return Task(model=model.to(device), loss=loss, blocks=repeated_blocks(model))
+
+    def weights(self, path: Path) -> Mapping[str, Tensor] | None:
+        """The file's `weights(path)`, else the core reads the checkpoint."""
+        return self._module.weights(path) if hasattr(self._module, "weights") else None
+
+    def dataset(self, source: DataSource, split: Split) -> Dataset:
+        """The file's `dataset(source, split)`."""
+        if hasattr(self._module, "dataset"):
+            return self._module.dataset(source, split)
+        raise DataError(
+            f"{source.path}: must be an .npz file or an image folder, or"
+            f" {self._options.file} must define dataset(source, split); neither holds"
+        )
+
+    def transform(self, sample: Sample, split: Split) -> Sample:
+        """The file's `transform(sample, split)`, else the sample as it is."""
+        if hasattr(self._module, "transform"):
+            return self._module.transform(sample, split)
+        return sample
+
+    def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """The file's `collate(samples)`, else every field stacked."""
+        if hasattr(self._module, "collate"):
+            return self._module.collate(samples)
+        return default_collate([dict(sample) for sample in samples])
+
+    def prepare(self, task: Task, loader: Loader) -> None:
+        """The file's `prepare(task, loader)`, else nothing."""
+        if hasattr(self._module, "prepare"):
+            self._module.prepare(task, loader)
+
+    def save(self, task: Task, path: Path) -> None:
+        """The file's `save(task, path)`, else a safetensors state dict."""
+        if hasattr(self._module, "save"):
+            self._module.save(task, path)
+        else:
+            # Tied tensors are written once each: safetensors refuses shared memory.
+            state = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
+            safetensors.torch.save_file(state, path)
+
+    def describe(self, path: Path) -> Description | None:
+        """The file's `describe(path)`, else the core's table of tensors."""
+        return self._module.describe(path) if hasattr(self._module, "describe") else None
+
+
+def _on_inputs(criterion: Criterion) -> LossFunction:
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        return criterion(model(batch["inputs"]), batch.data)
+
+    return loss
+
+
+def _wrap(own_loss: Any) -> LossFunction:
+    """Lets a user's loss return a scalar tensor where it has no parts or predictions to report."""
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        result = own_loss(model, batch)
+        return result if isinstance(result, Loss) else Loss(result)
+
+    return loss

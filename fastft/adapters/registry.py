@@ -1,0 +1,43 @@
+"""Adapters by name, imported on demand so that only the family in use must be installed."""
+
+import importlib
+from typing import Any, cast
+
+from fastft.config import ModelConfig
+from fastft.errors import AdapterError, nearest
+from fastft.runfile import parse
+from fastft.task import Adapter
+
+# Name -> (module, class, extra that installs the upstream package).
+ADAPTERS = {
+    "timm": ("fastft.adapters.timm", "TimmAdapter", "timm"),
+    "python": ("fastft.adapters.python", "open_python_adapter", None),
+}
+
+
+def find_adapter(config: ModelConfig) -> Adapter:
+    """The adapter that `[model]` names, with its options checked.
+
+    Raises:
+        AdapterError: unknown name, or its upstream package is not installed.
+        ConfigError: options that the adapter does not take.
+    """
+    make = _load(config.adapter)
+    options = parse(make.Options, config.options, where="model.options")
+    return cast(Adapter, make(options))
+
+
+def _load(name: str) -> Any:
+    if name not in ADAPTERS:
+        raise AdapterError(
+            f"model.adapter: must be a known adapter; got '{name}'{nearest(name, ADAPTERS)}"
+        )
+    module, attribute, extra = ADAPTERS[name]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if extra is None or (error.name or "").startswith("fastft"):
+            raise
+        raise AdapterError(
+            f"model.adapter: '{name}' needs the package {error.name}; install fastft[{extra}]"
+        ) from None

@@ -1,0 +1,223 @@
+"""timm image models (github.com/huggingface/pytorch-image-models) as classifiers or regressors."""
+
+import contextlib
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import safetensors.torch
+import timm
+import timm.data
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import default_collate
+
+from fastft.config import DataSource
+from fastft.errors import AdapterError, ConfigError, DataError
+from fastft.task import (
+    Batch,
+    Criterion,
+    DataCheck,
+    Dataset,
+    Description,
+    FieldSpec,
+    Loader,
+    Loss,
+    Sample,
+    Split,
+    Task,
+    repeated_blocks,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class TimmOptions:
+    """`[model.options]` of the timm adapter."""
+
+    name: Annotated[str, Field(description="Architecture, as in timm.list_models().")]
+    num_classes: Annotated[int, Field(ge=1, description="Outputs of the head.")]
+    in_chans: Annotated[int, Field(ge=1, description="Input channels.")] = 3
+    img_size: Annotated[
+        int | None, Field(ge=1, description="Input height and width; default: the model's.")
+    ] = None
+    pretrained: Annotated[bool, Field(description="Start from timm's hub weights.")] = False
+    mean: Annotated[
+        tuple[float, ...] | None,
+        Field(description="Channel means to subtract; default: the model's for images, 0 for npz."),
+    ] = None
+    std: Annotated[
+        tuple[float, ...] | None,
+        Field(description="Channel deviations to divide by; default: as for `mean`, 1 for npz."),
+    ] = None
+    augment: Annotated[
+        bool, Field(description="Random crops and flips of training images (not of npz arrays).")
+    ] = True
+    arguments: Annotated[
+        dict[str, Any], Field(description="Further arguments of timm.create_model.")
+    ] = field(default_factory=dict)
+
+
+class TimmAdapter:
+    """Any timm architecture. Sample fields: 'inputs' (image) and 'targets' (class index or value).
+
+    Images (`format = "images"`) go through timm's own transforms. Arrays (`format = "npz"`) are
+    `[C, H, W]`, or `[H, W]` for one channel; they are normalised with `mean` and `std` where those
+    are set, and resized where the model's input size differs.
+    """
+
+    Options: ClassVar[type] = TimmOptions
+    checks: Sequence[DataCheck] = ()
+
+    def __init__(self, options: TimmOptions) -> None:
+        self.options = options
+        self._data_config: dict[str, Any] = {}
+        self._transforms: dict[bool, Any] = {}
+
+    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+        """The model under `[loss]`, which must have a term."""
+        if criterion is None:
+            raise ConfigError(
+                "loss.terms: the timm adapter needs a loss; got none; add a [[loss.terms]] section"
+                " such as name = 'cross_entropy'"
+            )
+        model = self._create().to(device)
+        self._data_config = self._resolve_data_config(model)
+        classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        return Task(
+            model=model,
+            loss=_make_loss(criterion),
+            blocks=repeated_blocks(model),
+            heads=heads,
+            fields=self._fields(),
+            layers=_layers(model),
+        )
+
+    def weights(self, path: Path) -> Mapping[str, Tensor] | None:
+        """timm checkpoints are plain state dicts: the core reads them."""
+        return None
+
+    def dataset(self, source: DataSource, split: Split) -> Dataset:
+        """timm brings no data format of its own."""
+        raise DataError(
+            f"{source.path}: the timm adapter reads .npz files and image folders (one folder per"
+            " class); got neither; convert it, or set `format`"
+        )
+
+    def transform(self, sample: Sample, split: Split) -> Sample:
+        """Adds `inputs` as a float tensor `[C, H, W]` of the model's size, normalised."""
+        values = np.asarray(sample["inputs"])
+        if values.dtype == np.uint8 and values.ndim == 3 and values.shape[-1] == 3:
+            image = self._image_transform(split == "train")(Image.fromarray(values))
+        else:
+            image = self._array_transform(values)
+        return {**sample, "inputs": image}
+
+    def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """Stacks every field."""
+        return default_collate([dict(sample) for sample in samples])
+
+    def prepare(self, task: Task, loader: Loader) -> None:
+        """Nothing depends on the data."""
+
+    def save(self, task: Task, path: Path) -> None:
+        """A safetensors file for `timm.create_model(name, checkpoint_path=path)`."""
+        state = {name: t.detach().cpu().contiguous() for name, t in task.model.state_dict().items()}
+        metadata = {"architecture": self.options.name, "num_classes": str(self.options.num_classes)}
+        safetensors.torch.save_file(state, path, metadata=metadata)
+
+    def describe(self, path: Path) -> Description | None:
+        """The core's table of tensors says all."""
+        return None
+
+    def _create(self) -> nn.Module:
+        options = self.options
+        arguments: dict[str, Any] = {"num_classes": options.num_classes, **options.arguments}
+        if options.in_chans != 3:
+            arguments["in_chans"] = options.in_chans
+        base = options.name.partition(".")[0]
+        if not timm.is_model(base):
+            close = difflib.get_close_matches(base, timm.list_models(), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else "; see timm.list_models()"
+            raise AdapterError(f"model.options.name: timm has no model '{base}'{hint}")
+        try:
+            if options.img_size is not None:
+                # Only architectures that fix their input size at construction take it.
+                with contextlib.suppress(TypeError):
+                    return self._timm_model(img_size=options.img_size, **arguments)
+            return self._timm_model(**arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+            raise AdapterError(
+                f"model.options: timm could not make '{options.name}' with {arguments}:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+
+    def _timm_model(self, **arguments: Any) -> nn.Module:
+        return timm.create_model(self.options.name, pretrained=self.options.pretrained, **arguments)
+
+    def _resolve_data_config(self, model: nn.Module) -> dict[str, Any]:
+        config = timm.data.resolve_model_data_config(model)
+        size = self.options.img_size
+        if size is not None:
+            config["input_size"] = (config["input_size"][0], size, size)
+        for name, value in (("mean", self.options.mean), ("std", self.options.std)):
+            if value is not None:
+                config[name] = value
+        return config
+
+    def _fields(self) -> dict[str, FieldSpec]:
+        normalised = self.options.mean is not None and self.options.std is not None
+        statistics = {"mean": 0.0, "std": 1.0, "channel_axis": 0} if normalised else {}
+        classes = self.options.num_classes if self.options.num_classes > 1 else None
+        return {"inputs": FieldSpec(**statistics), "targets": FieldSpec(classes=classes)}
+
+    def _image_transform(self, training: bool) -> Any:
+        if training not in self._transforms:
+            self._transforms[training] = timm.data.create_transform(
+                **self._data_config, is_training=training and self.options.augment
+            )
+        return self._transforms[training]
+
+    def _array_transform(self, values: np.ndarray) -> Tensor:
+        image = torch.as_tensor(values, dtype=torch.float32)
+        if image.ndim == 2:
+            image = image[None]
+        if image.ndim != 3 or image.shape[0] != self.options.in_chans:
+            raise DataError(
+                f"inputs: must be [{self.options.in_chans}, height, width], as model.options.in_chans"
+                f" says; got {list(values.shape)}"
+            )
+        for name, operation in (("mean", torch.sub), ("std", torch.div)):
+            statistics = getattr(self.options, name)
+            if statistics is not None:
+                image = operation(image, torch.tensor(statistics)[:, None, None])
+        height, width = self._data_config["input_size"][1:]
+        if image.shape[1:] != (height, width):
+            image = functional.interpolate(
+                image[None], size=(height, width), mode="bilinear", antialias=True
+            )[0]
+        return image
+
+
+def _make_loss(criterion: Criterion) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        return criterion(model(batch["inputs"]), batch.data)
+
+    return loss
+
+
+def _layers(model: nn.Module) -> dict[str, int] | None:
+    """timm's own layer numbers, 0 nearest the input, where the architecture defines them."""
+    if not hasattr(model, "group_matcher"):
+        return None
+    matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
+    return {name: int(layer) for name, layer in group_parameters(model, matcher, reverse=True).items()}
+

@@ -1,0 +1,42 @@
+"""`fastft check` and `fastft show`: the data of a run file, and what a checkpoint holds."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from fastft.adapters.registry import find_adapter
+from fastft.assemble import assemble, check_run_data, open_split
+from fastft.checkpoint import describe_checkpoint
+from fastft.config import RunConfig
+from fastft.data import open_loader
+from fastft.runtime import find_device, seed_everything
+from fastft.task import Description
+
+
+def check(config: RunConfig, console: Console) -> None:
+    """Runs the data checks of a run and shows every finding.
+
+    Raises:
+        DataError: listing every finding that is an error.
+    """
+    seed_everything(config.run.seed)
+    device = find_device(config.run.device)
+    assembled = assemble(config, device, console, pretrained=False)
+    adapter = assembled.adapter
+    loaders = [open_loader(adapter, config.data, seed=config.run.seed, device=device)]
+    loaders += [
+        loader
+        for split in ("validation", "test")
+        if (loader := open_split(adapter, config, split, device)) is not None
+    ]
+    check_run_data(assembled, config, loaders, console)
+    for loader in loaders:
+        console.print(
+            f"{', '.join(loader.names)}: {loader.samples:,} samples", markup=False, highlight=False
+        )
+
+
+def describe(path: Path, config: RunConfig | None) -> Description:
+    """What a checkpoint holds: as the run file's adapter sees it, or as a table of tensors."""
+    own = find_adapter(config.model).describe(path) if config else None
+    return own or describe_checkpoint(path)

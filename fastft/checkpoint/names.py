@@ -1,0 +1,65 @@
+"""Names of tensors: what wrappers add to them, and how those of a file meet those of a model."""
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+# Added by torch.compile, activation checkpointing and FSDP, at any depth.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+# Attributes under which trainers keep the model; DDP calls it "module".
+USUAL_PREFIXES = frozenset({"module", "model", "net", "network", "backbone", "encoder"})
+
+
+def unwrapped(name: str) -> str:
+    """The name that the tensor has in the plain module."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def matching_prefix(names: Iterable[str], targets: Collection[str]) -> tuple[str, int]:
+    """The stack of usual prefixes, often none, without which most `names` are in `targets`.
+
+    Returns:
+        (prefix, how many match); the shortest prefix of equals.
+    """
+    counts = Counter({"": 0})
+    for name in names:
+        prefix, rest, dot = "", name, "."
+        while dot:
+            counts[prefix] += rest in targets
+            first, dot, tail = rest.partition(".")
+            if first not in USUAL_PREFIXES:
+                break
+            prefix, rest = f"{prefix}{first}.", tail
+    best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
+    return best, counts[best]
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """The stack of usual prefixes that all names begin with."""
+    parts = [name.split(".")[:-1] for name in names]
+    prefix = ""
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1 or column[0] not in USUAL_PREFIXES:
+            break
+        prefix += f"{column[0]}."
+    return prefix
+
+
+def nearest(name: str, candidates: Collection[str], cutoff: float = 0.5) -> str | None:
+    """The most similar of `candidates`."""
+    return next(iter(difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(name: str, candidates: Collection[str]) -> str:
+    """`; did you mean '...'?`, or nothing."""
+    guess = nearest(name, candidates)
+    return f"; did you mean '{guess}'?" if guess else ""
+
+
+def first_few(items: Collection[str], count: int = 5) -> str:
+    """`a, b, c and 12 more`."""
+    shown = ", ".join(list(items)[:count])
+    return f"{shown} and {len(items) - count} more" if len(items) > count else shown

@@ -1,0 +1,146 @@
+"""The command line: `fastft train | evaluate | check | show | export | schema`."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastft import __version__
+from fastft.config import RunConfig
+from fastft.errors import FastftError
+from fastft.runfile import read_run_file, schema
+
+_EXIT_CODES = """\
+exit codes:
+  0  done
+  1  a bug in fastft, or in code that a run file names; with a traceback
+  2  an error you can mend: run file, data, checkpoint, arguments
+  3  training stopped by its own policy (gradients.stop_after)
+  4  interrupted by SIGTERM or Ctrl-C after a finished step; saved, go on with --resume
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=False, soft_wrap=not sys.stdout.isatty())
+    try:
+        options.run(options, console)
+    except FastftError as error:
+        for problem in error.problems:
+            print(f"fastft: {problem}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastft",
+        description="Fine-tunes scientific foundation models.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _add_run_command(commands, "train", _train, "fine-tune as a run file says")
+    command.add_argument("--dry-run", action="store_true", help="show what would be trained; stop")
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+    )
+    command = _add_run_command(commands, "evaluate", _evaluate, "score a trained model")
+    command.add_argument("--split", choices=["validation", "test"], default="validation")
+    _add_checkpoint(command)
+    _add_run_command(commands, "check", _check, "check the data of a run file")
+    command = _add_run_command(
+        commands, "export", _export, "write a checkpoint for the model family's own tools"
+    )
+    command.add_argument("--to", type=Path, required=True, metavar="FILE", help="file to write")
+    _add_checkpoint(command)
+
+    command = commands.add_parser("show", help="describe a checkpoint")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.add_argument(
+        "--run", type=Path, metavar="RUN.toml", dest="run_file", help="describe it as its adapter does"
+    )
+    command.set_defaults(run=_show)
+    command = commands.add_parser("schema", help="print the JSON Schema of a run file")
+    command.set_defaults(run=_schema)
+    return parser
+
+
+def _add_run_command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text)
+    command.add_argument("run_file", type=Path, metavar="RUN.toml")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="as optim.lr=1e-4"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="WHICH",
+        help="'best' (default), 'latest', a checkpoint folder, or a file with weights",
+    )
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    return read_run_file(options.run_file, options.overrides)
+
+
+# Commands import what they need on their own: torch takes seconds, and `schema` needs none of it.
+
+
+def _train(options: argparse.Namespace, console: Console) -> None:
+    if options.resume:
+        options.overrides.append("checkpoint.resume=auto")
+    config = _config(options)
+    result = importlib.import_module("fastft.train").train(config, console, dry_run=options.dry_run)
+    if result is not None:
+        folder = config.run.folder
+        lines = [f"checkpoint: {result.checkpoint}", f"logs: tensorboard --logdir {folder}"]
+        if result.best is not None:
+            lines.insert(1, f"best checkpoint: {result.best}")
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    importlib.import_module("fastft.evaluate").evaluate(
+        _config(options), console, checkpoint=options.checkpoint, split=options.split
+    )
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    importlib.import_module("fastft.evaluate").export(
+        _config(options), console, options.to, checkpoint=options.checkpoint
+    )
+
+
+def _check(options: argparse.Namespace, console: Console) -> None:
+    importlib.import_module("fastft.check").check(_config(options), console)
+
+
+def _show(options: argparse.Namespace, console: Console) -> None:
+    config = read_run_file(options.run_file) if options.run_file else None
+    description = importlib.import_module("fastft.check").describe(options.checkpoint, config)
+    table = Table(title=description.title, show_header=False)
+    for row in description.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _schema(options: argparse.Namespace, console: Console) -> None:
+    print(json.dumps(schema(), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

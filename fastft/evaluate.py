@@ -1,0 +1,111 @@
+"""`fastft evaluate` and `fastft export`: a trained model's scores, and its checkpoint for others."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastft.assemble import Assembled, assemble, open_split
+from fastft.checkpoint import (
+    best_checkpoint,
+    is_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    write_file_atomically,
+)
+from fastft.config import FinetuneConfig, RunConfig
+from fastft.errors import CheckpointError, ConfigError
+from fastft.finetune import load_state_dict, merge_lora
+from fastft.loop import score
+from fastft.metrics import make_metrics
+from fastft.runtime import find_device, seed_everything
+from fastft.step import compile_task, make_precision
+from fastft.task import Split
+
+
+def evaluate(
+    config: RunConfig, console: Console, *, checkpoint: str = "best", split: Split = "validation"
+) -> dict[str, float]:
+    """Scores a checkpoint on the validation or test data and writes `evaluation-<split>.json`.
+
+    Args:
+        checkpoint: 'best', 'latest', a checkpoint folder of a run, or any file with weights.
+
+    Raises:
+        FastftError: no such data or checkpoint.
+    """
+    device = find_device(config.run.device)
+    assembled, name = _open_trained(config, checkpoint, device, console)
+    loader = open_split(assembled.adapter, config, split, device)
+    if loader is None:
+        raise ConfigError(
+            f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
+        )
+    precision = make_precision(config.step.precision, device)
+    compile_task(assembled.task, config.step.compile, precision)
+    metrics = {**assembled.task.metrics, **make_metrics(config.evaluate.metrics, device)}
+    with loader:
+        values = score(assembled.task, loader, metrics, precision)
+    table = Table(title=f"{name} on {split} data ({loader.samples:,} samples)")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for metric, value in values.items():
+        table.add_row(metric, f"{value:.5g}")
+    console.print(table)
+    if config.run.folder.is_dir():
+        record = {"checkpoint": name, "split": split, "samples": loader.samples, "values": values}
+        text = json.dumps(record, indent=2) + "\n"
+        path = config.run.folder / f"evaluation-{split}.json"
+        write_file_atomically(path, lambda temporary: temporary.write_text(text))
+    return values
+
+
+def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str = "best") -> None:
+    """Writes a checkpoint in the format of the model family's own tools; low-rank updates merged.
+
+    Raises:
+        FastftError: no such checkpoint, or `target` cannot be written.
+    """
+    assembled, name = _open_trained(config, checkpoint, torch.device("cpu"), console)
+    merge_lora(assembled.task.model)
+    write_file_atomically(target, lambda path: assembled.adapter.save(assembled.task, path))
+    console.print(f"{name} -> {target}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open_trained(
+    config: RunConfig, checkpoint: str, device: torch.device, console: Console
+) -> tuple[Assembled, str]:
+    """The task with a checkpoint's weights (averaged ones where it has them), and its name."""
+    seed_everything(config.run.seed)
+    folder = _find(config, checkpoint)
+    if folder is None:
+        # Someone else's file: the whole model must come from it, with nothing new and no adapters.
+        model = dataclasses.replace(config.model, checkpoint=Path(checkpoint))
+        foreign = dataclasses.replace(config, model=model, finetune=FinetuneConfig())
+        return assemble(foreign, device, console), checkpoint
+    assembled = assemble(config, device, console, pretrained=False)
+    saved = load_checkpoint(folder)
+    try:
+        load_state_dict(assembled.task.model, saved.ema or saved.model)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: must hold the run file's model; {str(error).splitlines()[0]}"
+        ) from error
+    return assembled, folder.name
+
+
+def _find(config: RunConfig, checkpoint: str) -> Path | None:
+    """A run's checkpoint folder, None where `checkpoint` is another file."""
+    if checkpoint in ("best", "latest"):
+        best = best_checkpoint(config.run.folder) if checkpoint == "best" else None
+        folder = best or latest_checkpoint(config.run.folder)
+        if folder is None:
+            raise CheckpointError(
+                f"{config.run.folder}: must hold a run's checkpoint; it holds none; train first, or"
+                " name one with --checkpoint"
+            )
+        return folder
+    return Path(checkpoint) if is_checkpoint(Path(checkpoint)) else None

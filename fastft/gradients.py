@@ -1,0 +1,186 @@
+"""Watching gradients: norms, clipping, and what happens to a bad step, decided on the device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.config import GradientsConfig
+from fastft.optim import Group
+from fastft.task import Task
+
+_GROWTH_INTERVAL = 2000
+_FIRST_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard says of one step's gradients; all on the device.
+
+    Attributes:
+        norm: global L2 norm, unscaled, before clipping.
+        tensor_norms: L2 norm of each parameter's gradient, 0 where there is none; `[parameters]`.
+        divisor: what the optimizer divides the gradients by: loss scale over clip coefficient.
+        skip: 1 where the update must change nothing.
+    """
+
+    norm: Tensor
+    tensor_norms: Tensor
+    divisor: Tensor
+    skip: Tensor
+
+
+class GradientGuard:
+    """Norms, clip coefficient, loss scale and bad-step counters, without a wait for the device.
+
+    The loss scale follows torch's GradScaler: halved after an overflow, doubled after 2000 good
+    steps (Micikevicius et al. 2018, arXiv 1710.03740).
+
+    Args:
+        names: of the parameters, in the order of `inspect`'s gradients.
+        config: the run file's `[gradients]`.
+        scaled: whether the loss is scaled, as fp16 needs.
+    """
+
+    def __init__(
+        self, names: Sequence[str], config: GradientsConfig, device: torch.device, *, scaled: bool
+    ) -> None:
+        self.names = list(names)
+        self._config = config
+        self._scaled = scaled
+        zero = torch.zeros((), device=device)
+        self._state = {
+            "scale": torch.full((), _FIRST_SCALE if scaled else 1.0, device=device),
+            "good_in_a_row": zero.clone(),
+            "bad_in_a_row": zero.clone(),
+            "nonfinite": zero.clone(),
+            "exploding": zero.clone(),
+            "skipped": zero.clone(),
+            "stop": zero.clone(),
+        }
+        self._bad_tensors = torch.zeros(len(names), dtype=torch.bool, device=device)
+
+    @property
+    def scale(self) -> Tensor:
+        """What the loss is multiplied by before the backward pass."""
+        return self._state["scale"]
+
+    @torch.no_grad()
+    def inspect(self, gradients: Sequence[Tensor | None]) -> Verdict:
+        """Judges one step's gradients and moves the counters."""
+        config, state = self._config, self._state
+        scale = state["scale"].clone()
+        tensor_norms = self._tensor_norms(gradients) / scale
+        norm = torch.linalg.vector_norm(tensor_norms)
+        nonfinite = ~torch.isfinite(norm)
+        exploding = torch.zeros_like(nonfinite)
+        if config.explode_norm is not None:
+            exploding = (norm > config.explode_norm) & ~nonfinite
+        bad = nonfinite | exploding
+        skip = state["stop"] > 0
+        if config.on_nonfinite == "skip" or self._scaled:
+            skip = skip | nonfinite
+        if config.on_explode == "skip":
+            skip = skip | exploding
+        coefficient = torch.ones_like(norm)
+        if config.clip_norm is not None:
+            # The 1e-6 of torch.nn.utils.clip_grad_norm_, so that both clip alike.
+            coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._count(nonfinite, exploding, bad, skip)
+        self._bad_tensors |= ~torch.isfinite(tensor_norms)
+        if self._scaled:
+            self._move_scale(nonfinite)
+        return Verdict(norm, tensor_norms, scale / coefficient, skip.float())
+
+    def counters(self) -> Mapping[str, Tensor]:
+        """Device scalars to log: bad steps so far, and whether the run must stop."""
+        names = ("nonfinite", "exploding", "skipped", "bad_in_a_row", "stop")
+        return {name: self._state[name].clone() for name in names}
+
+    def take_bad_names(self) -> list[str]:
+        """Parameters with non-finite gradients since the last call; waits for the device."""
+        bad = [n for n, b in zip(self.names, self._bad_tensors.tolist(), strict=True) if b]
+        self._bad_tensors.zero_()
+        return bad
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Scale and counters."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what `state_dict` returned."""
+        for name, value in state.items():
+            self._state[name].copy_(value)
+
+    def _tensor_norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        present = [g for g in gradients if g is not None]
+        norms = torch._foreach_norm(present, 2, dtype=torch.float32) if present else []
+        zero = torch.zeros((), device=self._bad_tensors.device)
+        found = iter(norms)
+        return torch.stack([next(found) if g is not None else zero for g in gradients])
+
+    def _count(self, nonfinite: Tensor, exploding: Tensor, bad: Tensor, skip: Tensor) -> None:
+        state, stop_after = self._state, self._config.stop_after
+        state["nonfinite"] += nonfinite
+        state["exploding"] += exploding
+        state["skipped"] += skip
+        state["bad_in_a_row"].copy_(torch.where(bad, state["bad_in_a_row"] + 1, 0))
+        if stop_after:
+            # A latch: the host sees it at the next log point, and no update goes through till then.
+            state["stop"].copy_(torch.maximum(state["stop"], state["bad_in_a_row"] >= stop_after))
+
+    def _move_scale(self, overflow: Tensor) -> None:
+        state = self._state
+        good = torch.where(overflow, 0, state["good_in_a_row"] + 1)
+        grow = good >= _GROWTH_INTERVAL
+        factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
+        state["scale"].mul_(factor).clamp_(min=1.0)
+        state["good_in_a_row"].copy_(torch.where(grow, 0, good))
+
+
+class NormSummary:
+    """Sums per-tensor norms up to groups and layers, on the device and in a fixed order.
+
+    Args:
+        names: of the parameters, in the order of the norms.
+        groups: parameter groups.
+        task: whose blocks are the layers; parameters outside go under their top-level module.
+    """
+
+    def __init__(self, names: Sequence[str], groups: Sequence[Group], task: Task) -> None:
+        group_of = {name: group.name for group in groups for name in group.parameters}
+        blocks = [block.name for block in task.blocks]
+        device = next(iter(groups[0].parameters.values())).device
+        labels = {
+            "group": [group_of[name] for name in names],
+            "layer": [_layer_of(name, blocks) for name in names],
+        }
+        self._kinds: dict[str, list[str]] = {}
+        self._members: dict[str, Tensor] = {}
+        for kind, of_name in labels.items():
+            found = list(dict.fromkeys(of_name))
+            members = torch.tensor([[label == row for label in of_name] for row in found])
+            self._kinds[kind], self._members[kind] = found, members.to(device)
+
+    def __call__(self, tensor_norms: Tensor) -> dict[str, Tensor]:
+        """'group/<name>' and 'layer/<name>' -> L2 norm, from `[parameters]` norms."""
+        squares = tensor_norms.square()
+        values: dict[str, Tensor] = {}
+        for kind, found in self._kinds.items():
+            # A masked sum, since a float scatter on a GPU adds in no fixed order.
+            sums = torch.where(self._members[kind], squares, 0).sum(dim=1).sqrt()
+            values.update({f"{kind}/{name}": sums[i] for i, name in enumerate(found)})
+        return values
+
+
+def _layer_of(name: str, blocks: Sequence[str]) -> str:
+    for block in blocks:
+        if name.startswith(block + "."):
+            return block
+    return name.partition(".")[0]
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients of the parameters, None where there is none."""
+    return [parameter.grad for parameter in parameters]

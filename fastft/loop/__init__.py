@@ -1,0 +1,20 @@
+"""`for step in ...`, and the hooks that are due."""
+
+from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook
+from fastft.loop.progress import Progress
+from fastft.loop.scoring import score
+from fastft.loop.state import TrainingState, find_resumed
+from fastft.loop.steps import Hook, run_loop
+
+__all__ = [
+    "EvaluateHook",
+    "Hook",
+    "LogHook",
+    "Progress",
+    "SaveHook",
+    "TrainingState",
+    "UnfreezeHook",
+    "find_resumed",
+    "run_loop",
+    "score",
+]

@@ -1,0 +1,66 @@
+"""The loop over optimizer steps."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from fastft.errors import TrainingInterrupted
+from fastft.loop.progress import Progress
+from fastft.runtime import Run
+from fastft.step import Ema, StepResult, TrainingStep
+from fastft.task import Batch
+
+
+class Hook(Protocol):
+    """Runs after every step and decides itself whether it is due.
+
+    Args:
+        done: finished steps, 1 after the first.
+        result: what the step left on the device.
+        samples: samples in the step.
+    """
+
+    def __call__(self, done: int, result: StepResult, samples: int, /) -> None: ...
+
+
+class Stoppable(Protocol):
+    """The hook that saves, also when a signal ends the run between two saves."""
+
+    def save_now(self, done: int) -> None: ...
+
+
+def run_loop(
+    step: TrainingStep,
+    batches: Iterator[Batch],
+    steps: range,
+    *,
+    accumulate: int,
+    ema: Ema | None,
+    hooks: Sequence[Hook],
+    saving: Stoppable,
+    progress: Progress,
+    run: Run,
+) -> None:
+    """Runs `steps`; each takes `accumulate` batches and is followed by the hooks.
+
+    Raises:
+        TrainingInterrupted: a signal came; the step it came in is finished and saved.
+    """
+    for index in steps:
+        micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
+        result = step(index, micro_batches)
+        if ema is not None:
+            ema.update(index)
+        done = index + 1
+        samples = sum(batch.size for batch in micro_batches)
+        progress.advance(done)
+        for hook in hooks:
+            began = time.perf_counter()
+            hook(done, result, samples)
+            progress.hook_seconds += time.perf_counter() - began
+        if run.signals.received is not None and done < steps.stop:
+            saving.save_now(done)
+            raise TrainingInterrupted(
+                f"{run.signals.received}: stopped after step {done} of {steps.stop} and saved it;"
+                " the same command with --resume goes on from there"
+            )

@@ -1,0 +1,221 @@
+"""The run file's metrics, and the mean validation loss: torchmetrics on the device.
+
+Class scores make the host wait for the device at each update. All ranks must call `compute`
+together: it adds what they counted.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from fastft.config import MetricConfig
+from fastft.errors import ConfigError, DataError
+from fastft.operands import misfit, pick_operands, same_shape, unique_names, without_axis
+from fastft.task import Batch, Metric
+
+_MEAN_ERRORS = {
+    "mae": torchmetrics.MeanAbsoluteError,
+    "rmse": lambda: torchmetrics.MeanSquaredError(squared=False),
+}
+_CLASS_SCORES: Mapping[str, Any] = {
+    "accuracy": torchmetrics.Accuracy,
+    "f1": torchmetrics.F1Score,
+    "precision": torchmetrics.Precision,
+    "recall": torchmetrics.Recall,
+    "iou": torchmetrics.JaccardIndex,
+    # Over all pixels, Dice is F1.
+    "dice": torchmetrics.F1Score,
+}
+
+
+def make_metrics(configs: Sequence[MetricConfig], device: torch.device) -> dict[str, Metric]:
+    """One metric per entry, by its name; a name that occurs twice is followed by the key of its
+    prediction or target: `f1/mask`.
+
+    Raises:
+        ConfigError: a mean error with settings of class scores.
+    """
+    problems: list[str] = []
+    metrics: dict[str, Metric] = {}
+    for config, name in zip(configs, unique_names(configs), strict=True):
+        if config.name in _CLASS_SCORES:
+            metrics[name] = ClassScore(config, name, device)
+            continue
+        if config.per_class or config.average or config.ignore_index is not None:
+            problems.append(
+                f"metric '{name}': has no classes, so per_class, average and ignore_index must be"
+                " absent; got one of them; remove it"
+            )
+        metrics[name] = MeanError(config, name, device)
+    if problems:
+        raise ConfigError(problems)
+    return metrics
+
+
+class MeanLoss(torchmetrics.Metric):
+    """Mean of batch losses, weighted by the batches' sizes; NaN before the first update."""
+
+    loss_sum: Tensor
+    size_sum: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        # fp64: evaluation may add many small terms, and a scalar costs nothing.
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("size_sum", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.to(device)
+
+    def update(self, total: Tensor, size: int) -> None:
+        """Adds a batch's mean loss `total` (a scalar) over `size` samples."""
+        self.loss_sum += total.detach().double() * size
+        self.size_sum += size
+
+    def compute(self) -> float:
+        """The mean; waits for the device."""
+        return (self.loss_sum / self.size_sum).item()
+
+
+class MeanError:
+    """Mean absolute or root mean squared error over all values."""
+
+    def __init__(self, config: MetricConfig, name: str, device: torch.device) -> None:
+        self._config, self._name = config, name
+        # fp64: the sums may run over billions of values.
+        self._metric = _MEAN_ERRORS[config.name]().set_dtype(torch.float64).to(device)
+
+    def update(self, predictions: Any, batch: Batch, /) -> None:
+        """Adds a batch; one size-1 axis, second or last, may be on one side only."""
+        where = f"metric '{self._name}'"
+        operands = pick_operands(self._config, predictions, batch.data, where)
+        prediction, target = same_shape(*operands, where)
+        # Flat, because torchmetrics takes a `view`, which strided outputs refuse.
+        self._metric.update(prediction.float().reshape(-1), target.float().reshape(-1))
+
+    def compute(self) -> Mapping[str, float]:
+        """The error in the target's unit."""
+        return {self._name: self._metric.compute().item()}
+
+    def reset(self) -> None:
+        """Forgets all batches."""
+        self._metric.reset()
+
+
+class ClassScore:
+    """torchmetrics' accuracy, F1, precision, recall, IoU or Dice over all samples and pixels.
+
+    The first batch decides the task:
+        multiclass: prediction [B, C, ...], target [B, ...]; the largest logit wins.
+        multilabel: both [B, L], L > 1; each label is a yes or no at logit 0.
+        binary: prediction [B, 1, ...], or of the target's shape otherwise; each value is a yes or
+            no at logit 0, and `average` does not matter.
+
+    'macro' leaves out classes that neither occur nor are predicted. A class whose label is ignored
+    but which is predicted counts there as 0, except in 'iou'. A score without a case is 0.
+    """
+
+    def __init__(self, config: MetricConfig, name: str, device: torch.device) -> None:
+        self._config, self._where, self._device = config, f"metric '{name}'", device
+        self._name = name
+        self._case: tuple[str, int] | None = None
+        self._scores = torchmetrics.MetricCollection({})
+
+    def update(self, predictions: Any, batch: Batch, /) -> None:
+        """Counts a batch.
+
+        Raises:
+            DataError: shapes do not fit, or labels lie outside the classes.
+        """
+        config, where = self._config, self._where
+        prediction, target = pick_operands(config, predictions, batch.data, where)
+        several = prediction.ndim == 2 and prediction.shape[1] > 1
+        shape = prediction.shape
+        prediction, target = without_axis(prediction, target), without_axis(target, prediction)
+        if prediction.shape == target.shape:
+            case = ("multilabel", shape[1]) if several else ("binary", 2)
+            # As 0 and 1, because torchmetrics takes logits that all lie in [0, 1] for probabilities.
+            prediction = (prediction > 0).long()
+        elif shape[:1] + shape[2:] == target.shape:
+            case = ("multiclass", shape[1])
+        else:
+            wanted = "be [B, C, ...] and [B, ...], or of one shape"
+            raise DataError(misfit(prediction, target, where, wanted))
+        if self._case is None:
+            self._case, self._scores = case, self._make_scores(*case)
+        elif case != self._case:
+            wanted = f"keep the first batch's {self._case[1]} {self._case[0]} classes"
+            raise DataError(misfit(prediction, target, where, wanted))
+        labels = self._checked(target, case[1] if case[0] == "multiclass" else 2)
+        try:
+            with _native_bincount():
+                self._scores.update(prediction, labels)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def compute(self) -> Mapping[str, float]:
+        """The score under the metric's name and, with `per_class`, `<name>/class_<i>`.
+
+        Raises:
+            DataError: no batch was counted.
+        """
+        if self._case is None:
+            raise DataError(
+                f"{self._where}: needs a batch; got none; give every rank evaluation data"
+            )
+        scores = self._scores.compute()
+        values = {self._name: scores["average"].item()}
+        if self._config.per_class:
+            each = scores["each"].tolist()
+            values |= {f"{self._name}/class_{i}": value for i, value in enumerate(each)}
+        return values
+
+    def reset(self) -> None:
+        """Forgets all batches; task and number of classes stay."""
+        self._scores.reset()
+
+    def _make_scores(self, task: str, classes: int) -> torchmetrics.MetricCollection:
+        config = self._config
+        average = config.average or ("micro" if config.name == "accuracy" else "macro")
+        settings = {
+            "num_classes": classes,
+            "num_labels": classes,
+            "ignore_index": config.ignore_index,
+        }
+        make = _CLASS_SCORES[config.name]
+        scores = {"average": make(task=task, average=average, **settings)}
+        if config.per_class:
+            # torchmetrics has no scores per class for its binary task.
+            task = "multiclass" if task == "binary" else task
+            scores["each"] = make(task=task, average=None, **settings)
+        return torchmetrics.MetricCollection(scores).to(self._device)
+
+    def _checked(self, target: Tensor, classes: int) -> Tensor:
+        """Labels as int64. torchmetrics looks only at how many there are, if at all."""
+        labels = target.long()
+        # The comparison with the target holds for NaN and fractions.
+        wrong = (labels != target) | (labels < 0) | (labels >= classes)
+        if self._config.ignore_index is not None:
+            wrong &= labels != self._config.ignore_index
+        if count := int(wrong.sum()):
+            raise DataError(
+                f"{self._where}: labels in '{self._config.target}' must be whole numbers from 0 to"
+                f" {classes - 1}; got {count} others; set ignore_index or correct the data"
+            )
+        return labels
+
+
+@contextmanager
+def _native_bincount() -> Iterator[None]:
+    """Counting integers is exact in any order, but in deterministic mode torchmetrics counts N
+    labels of C classes through a matrix [N, C^2] int64.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

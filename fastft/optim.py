@@ -1,0 +1,297 @@
+"""Parameter groups, schedules and the optimizer.
+
+The optimizer is torch's own, fused where torch has it. An update takes two device scalars, a divisor
+for the gradients and a skip flag, so that unscaling, clipping and skipping need neither another
+pass over the gradients nor the host.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastft.config import OptimConfig, ScheduleConfig
+from fastft.errors import CheckpointError, ConfigError, nearest
+from fastft.finetune import named_parameters
+from fastft.task import Task
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share their settings.
+
+    Attributes:
+        name: what put them together, such as 'head.*' or 'layer 3, no decay'.
+        parameters: name in the unwrapped model -> parameter.
+        lr: peak learning rate.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+
+
+def make_groups(task: Task, config: OptimConfig, staged: Mapping[str, int]) -> list[Group]:
+    """Sorts the trainable parameters into groups; the first rule that matches one wins.
+
+    Args:
+        task: whose model is frozen as the run asks.
+        config: rules, layer-wise decay, defaults.
+        staged: parameters that are frozen now and trained later.
+
+    Raises:
+        ConfigError: a rule that matches no parameter, or only ones that are never trained.
+    """
+    parameters = dict(named_parameters(task.model))
+    trained = {n: p for n, p in parameters.items() if p.requires_grad or n in staged}
+    layers = _layer_factors(task, config)
+    groups: dict[tuple[Any, ...], dict[str, nn.Parameter]] = {}
+    used: set[int] = set()
+    for name, parameter in trained.items():
+        index = _first_match(name, config)
+        used.add(index)
+        rule = config.groups[index] if index >= 0 else None
+        label = ", ".join(rule.match) if rule else "default"
+        layer, factor = layers.get(name, (None, 1.0))
+        lr = rule.lr if rule and rule.lr is not None else config.lr * factor
+        if layer is not None and (rule is None or rule.lr is None):
+            label = f"{label}, layer {layer}" if rule else f"layer {layer}"
+        decay = config.weight_decay
+        if rule and rule.weight_decay is not None:
+            decay = rule.weight_decay
+        if decay and parameter.ndim <= 1 and not config.decay_norms_and_biases:
+            decay, label = 0.0, f"{label}, no decay"
+        betas = rule.betas if rule and rule.betas is not None else config.betas
+        groups.setdefault((label, lr, decay, betas), {})[name] = parameter
+    _refuse_idle_rules(config, used, list(parameters), list(trained))
+    return [Group(label, found, *settings) for (label, *settings), found in groups.items()]
+
+
+def group_table(groups: Sequence[Group], task: Task) -> Table:
+    """Group, tensors, parameters, learning rate, decay; and what stays frozen."""
+    table = Table(title="Parameter groups")
+    for column in ("group", "tensors", "parameters", "lr", "weight decay"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for group in groups:
+        count = sum(p.numel() for p in group.parameters.values())
+        row = (str(len(group.parameters)), f"{count:,}", f"{group.lr:.3g}")
+        table.add_row(group.name, *row, f"{group.weight_decay:.3g}")
+    trained = {name for group in groups for name in group.parameters}
+    frozen = [p for name, p in named_parameters(task.model) if name not in trained]
+    if frozen:
+        count = sum(p.numel() for p in frozen)
+        table.add_row("frozen", str(len(frozen)), f"{count:,}", "-", "-")
+    return table
+
+
+def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
+    """The learning rate at a step (0-based) over its peak: a pure function, so nothing to restore."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    after = step - config.warmup_steps
+    progress = min(1.0, after / max(1, total - 1 - config.warmup_steps))
+    match config.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - (1 - config.end_factor) * progress
+        case "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+            return config.end_factor + (1 - config.end_factor) * share
+        case "step":
+            return config.gamma ** (after // config.step_size)
+
+
+class Optimizer:
+    """A torch optimizer over the groups, with its schedule.
+
+    Args:
+        groups: from `make_groups`.
+        config: the run file's `[optim]`.
+        total_steps: length of the schedule.
+    """
+
+    def __init__(self, groups: Sequence[Group], config: OptimConfig, total_steps: int) -> None:
+        self.groups = groups
+        self._schedule = config.schedule
+        self._total_steps = total_steps
+        self._inner = _make_inner(groups, config)
+        self._fused = config.name != "rmsprop"
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of every group, by name."""
+        return {name: p for group in self.groups for name, p in group.parameters.items()}
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Group name -> learning rate at a step."""
+        factor = schedule_factor(self._schedule, step, self._total_steps)
+        return {group.name: group.lr * factor for group in self.groups}
+
+    def update(self, step: int, divisor: Tensor, skip: Tensor) -> None:
+        """One update; nothing changes where `skip` is not 0.
+
+        Args:
+            step: number of the step, for the schedule.
+            divisor: fp32 device scalar; gradients are divided by it first.
+            skip: fp32 device scalar, 0 or 1.
+        """
+        factor = schedule_factor(self._schedule, step, self._total_steps)
+        for group, settings in zip(self.groups, self._inner.param_groups, strict=True):
+            settings["lr"] = group.lr * factor
+        if self._fused:
+            # The contract by which torch's GradScaler hands both to a fused optimizer.
+            inner = cast(Any, self._inner)
+            inner.grad_scale, inner.found_inf = divisor, skip
+            inner.step()
+        else:
+            self._guarded_step(divisor, skip)
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self._inner.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> its optimizer state."""
+        return {name: dict(self._inner.state.get(p, {})) for name, p in self.parameters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            CheckpointError: the trained parameters are not those of the checkpoint.
+        """
+        parameters = self.parameters
+        if set(state) != set(parameters):
+            odd = sorted(set(state) ^ set(parameters))
+            raise CheckpointError(
+                f"optimizer: must train the same parameters as the checkpoint; {len(odd)} differ,"
+                f" the first is '{odd[0]}'; resume with the settings that the run began with"
+            )
+        for name, values in state.items():
+            parameter = parameters[name]
+            if values:
+                # Step counters stay where torch keeps them: beside the parameter when fused.
+                self._inner.state[parameter] = {
+                    key: value.to(parameter.device) if isinstance(value, Tensor) else value
+                    for key, value in values.items()
+                }
+
+    def _guarded_step(self, divisor: Tensor, skip: Tensor) -> None:
+        """For optimizers that torch has no fused form of: keep a copy, undo the step on the device."""
+        trained = [p for p in self.parameters.values() if p.grad is not None]
+        torch._foreach_div_([cast(Tensor, p.grad) for p in trained], divisor)
+        before = [p.detach().clone() for p in trained]
+        states = [
+            {key: value.clone() for key, value in self._inner.state.get(p, {}).items()}
+            for p in trained
+        ]
+        self._inner.step()
+        undo = skip != 0
+        with torch.no_grad():
+            for parameter, old, state in zip(trained, before, states, strict=True):
+                torch.where(undo, old, parameter, out=parameter.data)
+                for key, value in self._inner.state[parameter].items():
+                    torch.where(undo, state.get(key, torch.zeros_like(value)), value, out=value)
+
+
+def _make_inner(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Optimizer:
+    adam = config.name in ("adam", "adamw")
+    settings = [
+        {
+            "params": list(group.parameters.values()),
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            **({"betas": group.betas} if adam else {}),
+        }
+        for group in groups
+    ]
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(settings, lr=config.lr, eps=config.eps, fused=True),
+        "adam": lambda: torch.optim.Adam(settings, lr=config.lr, eps=config.eps, fused=True),
+        "sgd": lambda: torch.optim.SGD(
+            settings,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=True,
+        ),
+        "rmsprop": lambda: torch.optim.RMSprop(
+            settings,
+            lr=config.lr,
+            alpha=config.alpha,
+            eps=config.eps,
+            momentum=config.momentum,
+            # Keeps the step counter on the device, where the guarded step can undo it.
+            capturable=next(iter(groups[0].parameters.values())).is_cuda,
+        ),
+    }
+    return kinds[config.name]()
+
+
+def _first_match(name: str, config: OptimConfig) -> int:
+    """The first rule that matches a parameter, -1 for none."""
+    for index, rule in enumerate(config.groups):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.match):
+            return index
+    return -1
+
+
+def _refuse_idle_rules(
+    config: OptimConfig, used: set[int], names: list[str], trained: list[str]
+) -> None:
+    problems = []
+    for index, rule in enumerate(config.groups):
+        if index in used:
+            continue
+        where = f"optim.groups.{index}.match"
+        patterns = ", ".join(f"'{pattern}'" for pattern in rule.match)
+        if any(fnmatch.filter(trained, pattern) for pattern in rule.match):
+            problems.append(f"{where}: {patterns} match only what earlier rules took; move it up")
+        elif any(fnmatch.filter(names, pattern) for pattern in rule.match):
+            problems.append(
+                f"{where}: {patterns} match only frozen parameters; unfreeze or drop it"
+            )
+        else:
+            hint = nearest(rule.match[0], names)
+            problems.append(f"{where}: {patterns} must match a parameter; none does{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _layer_factors(task: Task, config: OptimConfig) -> dict[str, tuple[int, float]]:
+    """Parameter name -> layer number and `layer_decay ** (last layer - layer)`."""
+    if config.layer_decay is None:
+        return {}
+    layers = dict(task.layers) if task.layers is not None else layers_from_blocks(task)
+    if not layers:
+        raise ConfigError(
+            "optim.layer_decay: needs a model with layers; the adapter names no blocks; drop it"
+        )
+    last = max(layers.values())
+    return {name: (n, config.layer_decay ** (last - n)) for name, n in layers.items()}
+
+
+def layers_from_blocks(task: Task) -> dict[str, int]:
+    """Layer numbers in definition order: 0 before the first block, then one per block with what
+    follows it, and one more for what follows the last."""
+    if not task.blocks:
+        return {}
+    layers: dict[str, int] = {}
+    reached = 0
+    for name, _ in named_parameters(task.model):
+        for number, block in enumerate(task.blocks, start=1):
+            if name.startswith(block.name + "."):
+                reached = max(reached, number)
+                layers[name] = number
+                break
+        else:
+            layers[name] = reached if reached < len(task.blocks) else len(task.blocks) + 1
+    return layers

@@ -1,0 +1,189 @@
+"""The run's surroundings: device, seeds, folder, signals, and a record of versions and git state."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastft.config import RunConfig, RunSection
+from fastft.errors import ConfigError
+from fastft.runfile import format_run_file
+
+# The resolved run file's name in the run folder.
+RUN_FILE = "run.toml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run.
+
+    Attributes:
+        folder: exists and is writable.
+        device: what the model lives on.
+        seed: of weights, data order and dropout.
+        signals: says whether the user or the system asked the run to end.
+    """
+
+    folder: Path
+    device: torch.device
+    seed: int
+    signals: "Signals"
+
+
+@contextlib.contextmanager
+def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
+    """Makes the run folder, seeds every generator and listens for SIGTERM and Ctrl-C.
+
+    Args:
+        write: False where nothing is to be written: no folder is made.
+
+    Raises:
+        ConfigError: the device is not there, or the folder cannot be written.
+    """
+    device = find_device(section.device)
+    if write:
+        make_folder(section.folder)
+    seed_everything(section.seed)
+    if section.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, read when its handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with Signals() as signals:
+        yield Run(section.folder, device, section.seed, signals)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of `run.device`; 'auto' is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index or 0
+        if index >= count:
+            raise ConfigError(
+                f"run.device: must be a device of this machine; got '{name}' with {count} GPUs;"
+                " use 'auto' or 'cpu'"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and proves that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.folder: must be writable; got '{folder}': {error.strerror}; choose another folder"
+        ) from None
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that training draws from, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    version, internal, gauss_next = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restores what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Signals:
+    """SIGTERM or Ctrl-C ask for a stop after the current step; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Only the main thread may set handlers; elsewhere the caller's stay in place.
+            with contextlib.suppress(ValueError):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and git state."""
+    versions = {}
+    for package in ("fastft", "torch", "triton", "numpy", "timm", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": {"type": device.type, "name": name, "cpu_count": os.cpu_count()},
+        "git": _git_state(),
+    }
+
+
+def write_record(folder: Path, config: RunConfig, device: torch.device) -> None:
+    """Writes the resolved run file and `environment.json` into the run folder."""
+    (folder / RUN_FILE).write_text(format_run_file(config), encoding="utf-8")
+    text = json.dumps(environment(device), indent=2)
+    (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the folder that fastft was started in, None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,205 @@
+"""One optimizer step as one callable: autocast, loss, backward, norm, clip, update.
+
+Nothing in it waits for the device: what it returns are device scalars, which the loop reads at its
+log points only.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastft.config import GradientsConfig, StepConfig
+from fastft.errors import ConfigError
+from fastft.finetune import named_parameters
+from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
+from fastft.optim import Optimizer
+from fastft.task import Batch, Loss, LossFunction, Task
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are computed.
+
+    Attributes:
+        name: 'fp32', 'tf32', 'bf16' or 'fp16'.
+        device: what autocast is for.
+    """
+
+    name: str
+    device: torch.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to bf16 or fp16, or nothing."""
+        dtype = _AUTOCAST.get(self.name)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def make_precision(name: str, device: torch.device) -> Precision:
+    """Resolves 'auto' and switches TF32 matrix products on or off.
+
+    Raises:
+        ConfigError: the device has no TF32.
+    """
+    if name == "auto":
+        gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if gpu_has_bf16 else "fp32"
+    if name == "tf32" and device.type != "cuda":
+        raise ConfigError("step.precision: 'tf32' needs a GPU; got a CPU; use 'fp32' or 'auto'")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return Precision(name, device)
+
+
+def compile_task(task: Task, mode: str, precision: Precision) -> None:
+    """Compiles the task's blocks, or its model, in place; parameter names stay as they are.
+
+    Autocast goes inside what is compiled: around it, torch 2.11 would run the compiled backward
+    under autocast too, unlike eager (pytorch issue 153044).
+
+    Raises:
+        ConfigError: blocks are asked for and the adapter names none.
+    """
+    if mode == "off":
+        return
+    modules = [block.module for block in task.blocks] if mode == "blocks" else [task.model]
+    if not modules:
+        raise ConfigError(
+            "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none;"
+            " use 'model' or 'off'"
+        )
+    functorch_config = cast(Any, torch._functorch.config)  # type: ignore[attr-defined]
+    functorch_config.backward_pass_autocast = "off"
+    for module in modules:
+        inside = _autocast_inside(module.forward, precision)
+        module.forward = torch.compile(inside, dynamic=False, fullgraph=mode == "blocks")
+
+
+def _autocast_inside(forward: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with precision.autocast():
+            return forward(*arguments, **keywords)
+
+    return run
+
+
+def compute_loss(
+    loss: LossFunction, model: nn.Module, batch: Batch, precision: Precision
+) -> Loss:
+    """The loss of one batch under the run's precision."""
+    with precision.autocast():
+        return loss(model, batch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves on the device.
+
+    Attributes:
+        loss: mean over the micro-batches.
+        parts: the loss's parts, likewise.
+        verdict: norms, and whether the update was skipped.
+    """
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    verdict: Verdict
+
+
+class TrainingStep:
+    """`step(index, batches) -> StepResult`: accumulates over the batches, then updates once.
+
+    Args:
+        task: model and loss, on the device.
+        optimizer: over the trained parameters.
+        penalty: the run file's terms on parameters, or None.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: Optimizer,
+        penalty: Callable[[], Tensor] | None,
+        gradients: GradientsConfig,
+        precision: Precision,
+    ) -> None:
+        self.task = task
+        self.precision = precision
+        self._optimizer = optimizer
+        self._penalty = penalty
+        names = list(optimizer.parameters)
+        self._parameters = list(optimizer.parameters.values())
+        scaled = precision.name == "fp16"
+        self.guard = GradientGuard(names, gradients, precision.device, scaled=scaled)
+        self.summary = NormSummary(names, optimizer.groups, task)
+
+    def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
+        """Runs step `index` (0-based) on micro-batches that are on the device."""
+        losses = [self._forward_backward(batch, len(batches)) for batch in batches]
+        total = _mean([loss.total for loss in losses])
+        parts = {name: _mean([loss.parts[name] for loss in losses]) for name in losses[0].parts}
+        if self._penalty is not None:
+            penalty = self._penalty()
+            (penalty * self.guard.scale).backward()
+            parts["penalty"] = penalty.detach()
+            total = total + parts["penalty"]
+        verdict = self.guard.inspect(gradients_of(self._parameters))
+        self._optimizer.update(index, verdict.divisor, verdict.skip)
+        self._optimizer.zero_grad()
+        return StepResult(total, parts, verdict)
+
+    def _forward_backward(self, batch: Batch, of: int) -> Loss:
+        loss = compute_loss(self.task.loss, self.task.model, batch, self.precision)
+        (loss.total * (self.guard.scale / of)).backward()
+        parts = {name: part.detach() for name, part in loss.parts.items()}
+        return Loss(loss.total.detach(), parts)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+class Ema:
+    """Exponential moving average of the model's floating-point parameters.
+
+    The decay of step t is `min(decay, (1 + t) / (10 + t))`, so that early averages forget the start.
+
+    Args:
+        model: whose current weights the average starts from.
+        decay: share of the average kept per step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._parameters = {n: p for n, p in named_parameters(model) if p.is_floating_point()}
+        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, index: int) -> None:
+        """Moves the average towards the weights after step `index`."""
+        decay = min(self._decay, (1 + index) / (10 + index))
+        averages, weights = list(self.average.values()), list(self._parameters.values())
+        torch._foreach_lerp_(averages, cast(list[Tensor], weights), 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model holds the average inside this context, its own weights again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(kept)
