@@ -1,3 +1,3 @@
-"""Fine-tuning for scientific foundation models, as fast as the GPU allows, inside the memory you have."""
+"""Fine-tuning for scientific foundation models, fast and inside the memory you have."""
 
 __version__ = "0.1.0"

@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("show", help="describe a checkpoint")
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     command.add_argument(
-        "--run", type=Path, metavar="RUN.toml", dest="run_file", help="describe it as its adapter does"
+        "--run",
+        type=Path,
+        metavar="RUN.toml",
+        dest="run_file",
+        help="describe it as its adapter does",
     )
     command.set_defaults(run=_show)
     command = commands.add_parser("schema", help="print the JSON Schema of a run file")

@@ -144,7 +144,7 @@ class DataSource:
 class ChecksConfig:
     """Data checks before the first step."""
 
-    max_samples: Annotated[Count, describe("Samples read per split.")] = 1000
+    max_samples: Annotated[Count, describe("Samples read per data set.")] = 1000
     outlier_sigma: Annotated[
         Positive, describe("Values farther than this many standard deviations are outliers.")
     ] = 12.0
@@ -169,7 +169,7 @@ class DataConfig:
         Literal["sample", "batch"],
         describe("Several data sets: mix within a batch, or draw one data set per batch."),
     ] = "sample"
-    workers: Annotated[int, describe("Loader processes; 0 reads in the main process.", ge=0)] = 0
+    workers: Annotated[int, describe("Processes per loader; 0 reads in the main one.", ge=0)] = 0
     prefetch: Annotated[Count, describe("Batches each worker reads ahead.")] = 2
     checks: Annotated[ChecksConfig, describe("Data checks.")] = ChecksConfig()
 

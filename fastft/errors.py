@@ -1,4 +1,7 @@
-"""What fastft raises when the user can mend it. Each message reads `where: what must hold; got what; do this`."""
+"""What fastft raises when the user can mend it.
+
+Each message reads `where: what must hold; got what; do this`.
+"""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""`fastft evaluate` and `fastft export`: a trained model's scores, and its checkpoint for others."""
+"""`fastft evaluate` and `fastft export`: a trained model's scores, and its checkpoint."""
 
 import dataclasses
 import json
@@ -18,9 +18,10 @@ from fastft.checkpoint import (
 )
 from fastft.config import FinetuneConfig, RunConfig
 from fastft.errors import CheckpointError, ConfigError
-from fastft.finetune import load_state_dict, merge_lora
+from fastft.finetune import merge_lora
 from fastft.loop import score
 from fastft.metrics import make_metrics
+from fastft.names import load_state_dict
 from fastft.runtime import find_device, seed_everything
 from fastft.step import compile_task, make_precision
 from fastft.task import Split

@@ -1,64 +1,16 @@
-"""What is trained: methods, freezing, low-rank adaptation, train and eval modes.
-
-Names are those of the unwrapped model: what torch.compile, checkpointing and peft put in between is
-left out of every name that a user reads or writes.
-"""
+"""What is trained: methods, freezing, low-rank adaptation, train and eval modes."""
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastft.config import FinetuneConfig, LoraConfig
 from fastft.errors import ConfigError, nearest
+from fastft.names import matching, named_parameters, namer
 from fastft.task import Task
-
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
-
-
-def clean_name(name: str) -> str:
-    """A parameter's or module's name in the unwrapped model."""
-    return _WRAPPERS.sub("", name)
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under their names in the unwrapped model; tied ones once."""
-    for name, parameter in model.named_parameters():
-        yield clean_name(name), parameter
-
-
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's persistent tensors under their names in the unwrapped model."""
-    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `state_dict` returned into a model of the same structure."""
-    raw = {clean_name(name): name for name in model.state_dict()}
-    model.load_state_dict({raw[name]: tensor for name, tensor in state.items()})
-
-
-def matching(
-    patterns: Iterable[str], names: Sequence[str], *, where: str, what: str = "parameter"
-) -> list[str]:
-    """The names that match any of the globs, in their order.
-
-    Raises:
-        ConfigError: for every glob that matches nothing.
-    """
-    matched: set[str] = set()
-    problems = []
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            hint = nearest(pattern, names)
-            problems.append(f"{where}: '{pattern}' must match a {what}; it matches none{hint}")
-        matched.update(found)
-    if problems:
-        raise ConfigError(problems)
-    return [name for name in names if name in matched]
 
 
 def apply_method(task: Task, config: FinetuneConfig) -> None:
@@ -164,7 +116,8 @@ def _inject_lora(model: nn.Module, config: LoraConfig, keep: Sequence[str]) -> N
 
 def _modules(model: nn.Module, heads: Sequence[str], where: str) -> tuple[str, ...]:
     """Globs for the parameters of the named modules."""
-    names = [clean_name(name) for name, _ in model.named_modules() if name]
+    clean = namer(model)
+    names = [clean(name) for name, _ in model.named_modules() if name]
     problems = [
         f"{where}: '{head}' must be a module of the model; it is not{nearest(head, names)}"
         for head in heads
@@ -177,9 +130,10 @@ def _modules(model: nn.Module, heads: Sequence[str], where: str) -> tuple[str, .
 
 def _of_types(model: nn.Module, types: Sequence[str]) -> list[str]:
     """Names of the parameters in modules of these classes (or of their subclasses)."""
+    clean = namer(model)
     classes: dict[str, list[str]] = {}
     for prefix, module in model.named_modules():
-        inside = [clean_name(f"{prefix}.{name}") for name, _ in module.named_parameters()]
+        inside = [clean(f"{prefix}.{name}") for name, _ in module.named_parameters()]
         for kind in type(module).__mro__:
             if prefix and issubclass(kind, nn.Module) and kind is not nn.Module:
                 classes.setdefault(kind.__name__, []).extend(inside)

@@ -115,7 +115,7 @@ class GradientGuard:
 
     def _tensor_norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
         present = [g for g in gradients if g is not None]
-        norms = torch._foreach_norm(present, 2, dtype=torch.float32) if present else []
+        norms = torch._foreach_norm(present, 2, dtype=torch.float32) if present else []  # pyright: ignore[reportPrivateImportUsage]
         zero = torch.zeros((), device=self._bad_tensors.device)
         found = iter(norms)
         return torch.stack([next(found) if g is not None else zero for g in gradients])

@@ -12,11 +12,11 @@ class Entry(Protocol):
     """A loss term or a metric of the run file."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str: ...  # noqa: D102
     @property
-    def prediction(self) -> str | None: ...
+    def prediction(self) -> str | None: ...  # noqa: D102
     @property
-    def target(self) -> str: ...
+    def target(self) -> str: ...  # noqa: D102
 
 
 def unique_names(entries: Sequence[Entry]) -> list[str]:

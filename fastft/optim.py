@@ -1,8 +1,8 @@
 """Parameter groups, schedules and the optimizer.
 
-The optimizer is torch's own, fused where torch has it. An update takes two device scalars, a divisor
-for the gradients and a skip flag, so that unscaling, clipping and skipping need neither another
-pass over the gradients nor the host.
+The optimizer is torch's own, fused where torch has it. An update takes two device scalars, a
+divisor for the gradients and a skip flag, so that unscaling, clipping and skipping need neither
+another pass over the gradients nor the host.
 """
 
 import fnmatch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastft.config import OptimConfig, ScheduleConfig
 from fastft.errors import CheckpointError, ConfigError, nearest
-from fastft.finetune import named_parameters
+from fastft.names import named_parameters
 from fastft.task import Task
 
 
@@ -92,7 +92,7 @@ def group_table(groups: Sequence[Group], task: Task) -> Table:
 
 
 def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
-    """The learning rate at a step (0-based) over its peak: a pure function, so nothing to restore."""
+    """The learning rate at a step (0-based) over its peak; pure, so nothing to restore."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     after = step - config.warmup_steps
@@ -185,9 +185,11 @@ class Optimizer:
                 }
 
     def _guarded_step(self, divisor: Tensor, skip: Tensor) -> None:
-        """For optimizers that torch has no fused form of: keep a copy, undo the step on the device."""
+        """For optimizers without a fused form: keep a copy, undo the step on the device."""
         trained = [p for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_div_([cast(Tensor, p.grad) for p in trained], divisor)
+        torch._foreach_div_(  # pyright: ignore[reportPrivateImportUsage]
+            [cast(Tensor, p.grad) for p in trained], divisor
+        )
         before = [p.detach().clone() for p in trained]
         states = [
             {key: value.clone() for key, value in self._inner.state.get(p, {}).items()}

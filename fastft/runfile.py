@@ -1,6 +1,7 @@
-"""Run files: TOML and `section.key=value` overrides -> `RunConfig`, and back. The only parser of text.
+"""Run files: TOML and `section.key=value` overrides -> `RunConfig`, and back.
 
-Relative paths in a run file are relative to the folder that fastft is started in.
+The only parser of text. Relative paths in a run file are relative to the folder that fastft is
+started in.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The run's surroundings: device, seeds, folder, signals, and a record of versions and git state."""
+"""The run's surroundings: device, seeds, folder, signals, a record of versions and git state."""
 
 import contextlib
 import importlib.metadata
@@ -175,7 +175,7 @@ def write_record(folder: Path, config: RunConfig, device: torch.device) -> None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the folder that fastft was started in, None outside a repository."""
+    """Commit and cleanliness of the current folder, None outside a repository."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

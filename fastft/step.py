@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastft.config import GradientsConfig, StepConfig
+from fastft.config import GradientsConfig
 from fastft.errors import ConfigError
-from fastft.finetune import named_parameters
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
+from fastft.names import named_parameters
 from fastft.optim import Optimizer
 from fastft.task import Batch, Loss, LossFunction, Task
 
@@ -90,9 +90,7 @@ def _autocast_inside(forward: Callable[..., Any], precision: Precision) -> Calla
     return run
 
 
-def compute_loss(
-    loss: LossFunction, model: nn.Module, batch: Batch, precision: Precision
-) -> Loss:
+def compute_loss(loss: LossFunction, model: nn.Module, batch: Batch, precision: Precision) -> Loss:
     """The loss of one batch under the run's precision."""
     with precision.autocast():
         return loss(model, batch)
@@ -169,7 +167,7 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 class Ema:
     """Exponential moving average of the model's floating-point parameters.
 
-    The decay of step t is `min(decay, (1 + t) / (10 + t))`, so that early averages forget the start.
+    The decay of step t is `min(decay, (1 + t) / (10 + t))`: early averages forget the start.
 
     Args:
         model: whose current weights the average starts from.
@@ -186,7 +184,7 @@ class Ema:
         """Moves the average towards the weights after step `index`."""
         decay = min(self._decay, (1 + index) / (10 + index))
         averages, weights = list(self.average.values()), list(self._parameters.values())
-        torch._foreach_lerp_(averages, cast(list[Tensor], weights), 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

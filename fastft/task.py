@@ -47,7 +47,7 @@ class Batch:
         return self.data[name]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`; does not wait for copies from pinned memory."""
+        """The same batch with its tensors on `device`; copies from pinned memory do not wait."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -184,11 +184,13 @@ class CheckData:
     fields: Mapping[str, FieldSpec]
 
 
+# The function's name, dashes for underscores, is the check's name in `data.checks.ignore` and in
+# its findings: `energy_bias` yields `Finding(check="energy-bias", ...)`.
 DataCheck = Callable[[CheckData], Iterable[Finding]]
 
 
 class Loader(Protocol):
-    """Yields the batches of steps `first`, `first + 1`, ...; what it yields depends on the step alone."""
+    """Yields the batches of steps `first`, `first + 1`, ...; each depends on its step alone."""
 
     def batches(self, first: int = 0) -> Iterable[Batch]: ...
     def example(self) -> Batch: ...

@@ -80,9 +80,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         set_train_mode(task.model)
         with (
             loader,
-            open_writer(
-                run.folder, tensorboard=config.log.tensorboard, first_step=first
-            ) as writer,
+            open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, config.run.steps) as progress,
         ):
             evaluation = _evaluation(config, state, validation, writer, progress)

@@ -1,9 +1,9 @@
 """A user's own Python file as an adapter.
 
-The file defines a class `Adapter` (see `fastft.task.Adapter`), or just a function `build(**arguments)`
-that returns the model, `(model, loss)`, or a `Task`. Beside `build` it may define any of the
-adapter's other methods as functions of the same arguments: `dataset`, `transform`, `collate`,
-`prepare`, `save`, `describe`, `weights`, and a list `checks`.
+The file defines a class `Adapter` (see `fastft.task.Adapter`), or just a function
+`build(**arguments)` that returns the model, `(model, loss)`, or a `Task`. Beside `build` it may
+define any of the adapter's other methods as functions of the same arguments: `dataset`,
+`transform`, `collate`, `prepare`, `save`, `describe`, `weights`, and a list `checks`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -192,8 +192,8 @@ class TimmAdapter:
             image = image[None]
         if image.ndim != 3 or image.shape[0] != self.options.in_chans:
             raise DataError(
-                f"inputs: must be [{self.options.in_chans}, height, width], as model.options.in_chans"
-                f" says; got {list(values.shape)}"
+                f"inputs: must be [{self.options.in_chans}, height, width], as"
+                f" model.options.in_chans says; got {list(values.shape)}"
             )
         for name, operation in (("mean", torch.sub), ("std", torch.div)):
             statistics = getattr(self.options, name)
@@ -219,5 +219,6 @@ def _layers(model: nn.Module) -> dict[str, int] | None:
     if not hasattr(model, "group_matcher"):
         return None
     matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
-    return {name: int(layer) for name, layer in group_parameters(model, matcher, reverse=True).items()}
-
+    return {
+        name: int(layer) for name, layer in group_parameters(model, matcher, reverse=True).items()
+    }

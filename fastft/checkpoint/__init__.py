@@ -11,7 +11,6 @@ from fastft.checkpoint.folder import (
 )
 from fastft.checkpoint.formats import write_safetensors
 from fastft.checkpoint.load import LoadReport, load_weights
-from fastft.checkpoint.names import unwrapped
 from fastft.checkpoint.read import Weights, read_weights
 from fastft.checkpoint.save import save_checkpoint
 from fastft.checkpoint.show import describe_checkpoint
@@ -29,7 +28,6 @@ __all__ = [
     "read_meta",
     "read_weights",
     "save_checkpoint",
-    "unwrapped",
     "write_file_atomically",
     "write_safetensors",
 ]

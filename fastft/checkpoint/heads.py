@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastft.checkpoint.names import did_you_mean, first_few, unwrapped
+from fastft.checkpoint.names import first_few
 from fastft.config import NewHead
-from fastft.errors import CheckpointError, ConfigError
+from fastft.errors import CheckpointError, ConfigError, nearest
+from fastft.names import unwrapped
 
 # weight_norm divides by the norm, which zero weights lack; other parametrizations of zero may be
 # anything but zero.
@@ -81,7 +82,7 @@ def _check_names(
         inside = [name for name in target if is_under(name, [head])]
         tied = [f"{n} is {outside[id(target[n])]}" for n in inside if id(target[n]) in outside]
         if head not in modules:
-            guess = did_you_mean(head, modules) or f"; its modules: {first_few(modules)}"
+            guess = nearest(head, modules)
             problems.append(f"{where}: must name a module of the model; got none{guess}")
         elif not inside:
             problems.append(f"{where}: must have parameters; got none; name a module around it")

@@ -1,5 +1,6 @@
 """Filling a model from a checkpoint, with a full account of what matched and what did not."""
 
+import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fastft.checkpoint.heads import is_under, start_heads
-from fastft.checkpoint.names import first_few, matching_prefix, nearest, unwrapped
+from fastft.checkpoint.names import first_few, matching_prefix
 from fastft.checkpoint.read import Weights
 from fastft.config import ModelConfig, NewHead
 from fastft.errors import CheckpointError
+from fastft.names import unwrapped
 
 # Counts batches for momentum = None only; BatchNorm had none before torch 0.4.1.
 _OPTIONAL = "num_batches_tracked"
@@ -263,7 +265,8 @@ def _advice(report: LoadReport) -> str:
 
 def _look_alike(name: str, candidates: Collection[str]) -> str | None:
     longer = (candidate for candidate in candidates if candidate.endswith(f".{name}"))
-    return next(longer, None) or nearest(name, candidates, cutoff=0.6)
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return next(longer, None) or next(iter(close), None)
 
 
 def _look_alikes(report: LoadReport) -> str:

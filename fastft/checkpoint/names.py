@@ -1,21 +1,10 @@
 """Names of tensors: what wrappers add to them, and how those of a file meet those of a model."""
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-# Added by torch.compile, activation checkpointing and FSDP, at any depth.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
 # Attributes under which trainers keep the model; DDP calls it "module".
 USUAL_PREFIXES = frozenset({"module", "model", "net", "network", "backbone", "encoder"})
-
-
-def unwrapped(name: str) -> str:
-    """The name that the tensor has in the plain module."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def matching_prefix(names: Iterable[str], targets: Collection[str]) -> tuple[str, int]:
@@ -46,17 +35,6 @@ def shared_prefix(names: Iterable[str]) -> str:
             break
         prefix += f"{column[0]}."
     return prefix
-
-
-def nearest(name: str, candidates: Collection[str], cutoff: float = 0.5) -> str | None:
-    """The most similar of `candidates`."""
-    return next(iter(difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)), None)
-
-
-def did_you_mean(name: str, candidates: Collection[str]) -> str:
-    """`; did you mean '...'?`, or nothing."""
-    guess = nearest(name, candidates)
-    return f"; did you mean '{guess}'?" if guess else ""
 
 
 def first_few(items: Collection[str], count: int = 5) -> str:

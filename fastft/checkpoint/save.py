@@ -28,7 +28,7 @@ from fastft.checkpoint.folder import (
     whole_checkpoints,
 )
 from fastft.checkpoint.formats import write_safetensors
-from fastft.checkpoint.names import unwrapped
+from fastft.names import unwrapped
 
 
 def save_checkpoint(

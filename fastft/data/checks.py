@@ -13,8 +13,8 @@ from rich.text import Text
 from fastft.config import ChecksConfig
 from fastft.data.core_checks import CORE_CHECKS, Scans
 from fastft.data.scan import SeededSamples, scan_source
-from fastft.data.sources import OpenSource, did_you_mean
-from fastft.errors import ConfigError, DataError
+from fastft.data.sources import OpenSource
+from fastft.errors import ConfigError, DataError, nearest
 from fastft.task import CheckData, DataCheck, FieldSpec, Finding
 
 
@@ -61,7 +61,7 @@ def run_checks(
     known = {*CORE_CHECKS, *own}
     if unknown := [name for name in config.ignore if name not in known]:
         raise ConfigError(
-            f"data.checks.ignore: must name checks; got '{name}'; {did_you_mean(name, known)}"
+            f"data.checks.ignore: must name checks; got '{name}'{nearest(name, sorted(known))}"
             for name in unknown
         )
     scans = [scan_source(source, fields, config.max_samples) for source in sources]

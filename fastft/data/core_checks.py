@@ -8,7 +8,7 @@ import numpy as np
 
 from fastft.config import ChecksConfig
 from fastft.data.scan import FieldScan, SourceScan, Tally
-from fastft.data.sources import did_you_mean
+from fastft.errors import nearest
 from fastft.task import FieldSpec, Finding
 
 # Shared samples from which on validation no longer measures generalisation.
@@ -60,7 +60,7 @@ def find_missing(scans: Scans) -> Iterator[Finding]:
         for name in absent:
             what = "the model expects it; got no sample that has it"
             example = f"sample {scan.indices[0]} has {', '.join(scan.fields)}"
-            advice = f"map it in `fields`; {did_you_mean(name, scan.fields)}"
+            advice = f"map it in `fields`{nearest(name, scan.fields)}"
             where = f"{scan.where}: {name}"
             yield Finding("missing", "warning", where, what, len(scan.indices), example, advice)
 

@@ -5,7 +5,6 @@ images are opened at each read. An adapter's data set that opens files must do s
 (at its first read, keyed by `os.getpid()`).
 """
 
-import difflib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastft.config import DataSource
-from fastft.errors import ConfigError, DataError
+from fastft.errors import ConfigError, DataError, nearest
 from fastft.task import Adapter, Dataset, Sample, Split
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp"})
@@ -173,13 +172,6 @@ def open_sources(
     return tuple(opened)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The clause that suggests a known name for an unknown one."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
-
-
 def unreadable(where: str, must: str, error: BaseException, advice: str) -> str:
     """The message for a file that an exception kept from being read."""
     return f"{where}: must {must}; got {type(error).__name__}: {error}; {advice}"
@@ -212,8 +204,8 @@ def _open_npz(where: str, source: DataSource) -> ArrayData:
             fields = {n: n for n in stored if n not in taken} | source.fields
             if unknown := [name for name in source.fields.values() if name not in stored]:
                 raise DataError(
-                    f"{where}: fields: arrays must be in the file; got '{name}';"
-                    f" {did_you_mean(name, stored)}"
+                    f"{where}: fields: arrays must be in the file; got '{name}'"
+                    f"{nearest(name, sorted(stored))}"
                     for name in unknown
                 )
             arrays = {

@@ -165,7 +165,8 @@ class SaveHook:
         self._folder = config.run.folder
         self._config, self._total = config.checkpoint, config.run.steps
         best = best_checkpoint(self._folder)
-        self._best = read_meta(best)["value"] if best else None
+        # By its metrics rather than its own monitor, which another one may replace on resuming.
+        self._best = read_meta(best)["metrics"].get(self._config.monitor) if best else None
 
     def __call__(self, done: int, result: StepResult, samples: int) -> None:
         """Saves if due."""
@@ -211,4 +212,6 @@ class UnfreezeHook:
         names = unfreeze(self._model, self._staged, done)
         if names:
             set_train_mode(self._model)
-            self._progress.message(f"step {done}: {len(names)} parameters unfrozen: {names[0]}, ...")
+            self._progress.message(
+                f"step {done}: {len(names)} parameters unfrozen: {names[0]}, ..."
+            )

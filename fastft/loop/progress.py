@@ -82,7 +82,7 @@ class Progress:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory in use so far: torch's allocator on a GPU, the process's resident set on a CPU."""
+    """Most memory in use so far: in torch's allocator on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Linux counts in KiB, macOS in bytes.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastft.checkpoint import latest_checkpoint, load_checkpoint, read_meta
 from fastft.config import RunConfig
 from fastft.errors import CheckpointError, ConfigError
-from fastft.finetune import load_state_dict, state_dict
+from fastft.names import load_state_dict, state_dict
 from fastft.optim import Optimizer
 from fastft.runfile import read_run_file, to_tree
 from fastft.runtime import RUN_FILE, rng_state, set_rng_state

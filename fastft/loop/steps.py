@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from fastft.errors import TrainingInterrupted
+from fastft.loop.hooks import SaveHook
 from fastft.loop.progress import Progress
 from fastft.runtime import Run
 from fastft.step import Ema, StepResult, TrainingStep
@@ -12,21 +13,17 @@ from fastft.task import Batch
 
 
 class Hook(Protocol):
-    """Runs after every step and decides itself whether it is due.
+    """Runs after every step and decides itself whether it is due."""
 
-    Args:
-        done: finished steps, 1 after the first.
-        result: what the step left on the device.
-        samples: samples in the step.
-    """
+    def __call__(self, done: int, result: StepResult, samples: int, /) -> None:
+        """Acts on a step.
 
-    def __call__(self, done: int, result: StepResult, samples: int, /) -> None: ...
-
-
-class Stoppable(Protocol):
-    """The hook that saves, also when a signal ends the run between two saves."""
-
-    def save_now(self, done: int) -> None: ...
+        Args:
+            done: finished steps, 1 after the first.
+            result: what the step left on the device.
+            samples: samples in the step.
+        """
+        ...
 
 
 def run_loop(
@@ -37,7 +34,7 @@ def run_loop(
     accumulate: int,
     ema: Ema | None,
     hooks: Sequence[Hook],
-    saving: Stoppable,
+    saving: SaveHook,
     progress: Progress,
     run: Run,
 ) -> None:

@@ -118,8 +118,7 @@ class ClassScore:
     """
 
     def __init__(self, config: MetricConfig, name: str, device: torch.device) -> None:
-        self._config, self._where, self._device = config, f"metric '{name}'", device
-        self._name = name
+        self._config, self._name, self._device = config, name, device
         self._case: tuple[str, int] | None = None
         self._scores = torchmetrics.MetricCollection({})
 
@@ -129,14 +128,13 @@ class ClassScore:
         Raises:
             DataError: shapes do not fit, or labels lie outside the classes.
         """
-        config, where = self._config, self._where
-        prediction, target = pick_operands(config, predictions, batch.data, where)
-        several = prediction.ndim == 2 and prediction.shape[1] > 1
+        where = f"metric '{self._name}'"
+        prediction, target = pick_operands(self._config, predictions, batch.data, where)
         shape = prediction.shape
         prediction, target = without_axis(prediction, target), without_axis(target, prediction)
         if prediction.shape == target.shape:
-            case = ("multilabel", shape[1]) if several else ("binary", 2)
-            # As 0 and 1, because torchmetrics takes logits that all lie in [0, 1] for probabilities.
+            case = ("multilabel", shape[1]) if len(shape) == 2 and shape[1] > 1 else ("binary", 2)
+            # As 0 and 1, because torchmetrics takes logits within [0, 1] for probabilities.
             prediction = (prediction > 0).long()
         elif shape[:1] + shape[2:] == target.shape:
             case = ("multiclass", shape[1])
@@ -146,9 +144,9 @@ class ClassScore:
         if self._case is None:
             self._case, self._scores = case, self._make_scores(*case)
         elif case != self._case:
-            wanted = f"keep the first batch's {self._case[1]} {self._case[0]} classes"
+            wanted = f"stay {self._case[0]} with {self._case[1]} classes, as in the first batch"
             raise DataError(misfit(prediction, target, where, wanted))
-        labels = self._checked(target, case[1] if case[0] == "multiclass" else 2)
+        labels = self._checked(target, case[1] if case[0] == "multiclass" else 2, where)
         try:
             with _native_bincount():
                 self._scores.update(prediction, labels)
@@ -156,52 +154,41 @@ class ClassScore:
             raise DataError(f"{where}: {error}") from None
 
     def compute(self) -> Mapping[str, float]:
-        """The score under the metric's name and, with `per_class`, `<name>/class_<i>`.
-
-        Raises:
-            DataError: no batch was counted.
-        """
+        """The score under the metric's name and, with `per_class`, `<name>/class_<i>`."""
+        name = self._name
         if self._case is None:
-            raise DataError(
-                f"{self._where}: needs a batch; got none; give every rank evaluation data"
-            )
+            got = "needs a batch; got none; give every rank evaluation data"
+            raise DataError(f"metric '{name}': {got}")
         scores = self._scores.compute()
-        values = {self._name: scores["average"].item()}
-        if self._config.per_class:
-            each = scores["each"].tolist()
-            values |= {f"{self._name}/class_{i}": value for i, value in enumerate(each)}
-        return values
+        each = scores["each"].tolist() if self._config.per_class else []
+        by_class = {f"{name}/class_{i}": value for i, value in enumerate(each)}
+        return {name: scores["average"].item(), **by_class}
 
     def reset(self) -> None:
         """Forgets all batches; task and number of classes stay."""
         self._scores.reset()
 
     def _make_scores(self, task: str, classes: int) -> torchmetrics.MetricCollection:
-        config = self._config
+        config, make = self._config, _CLASS_SCORES[self._config.name]
+        sizes = {"num_classes": classes, "num_labels": classes, "ignore_index": config.ignore_index}
         average = config.average or ("micro" if config.name == "accuracy" else "macro")
-        settings = {
-            "num_classes": classes,
-            "num_labels": classes,
-            "ignore_index": config.ignore_index,
-        }
-        make = _CLASS_SCORES[config.name]
-        scores = {"average": make(task=task, average=average, **settings)}
+        scores = {"average": make(task=task, average=average, **sizes)}
         if config.per_class:
             # torchmetrics has no scores per class for its binary task.
             task = "multiclass" if task == "binary" else task
-            scores["each"] = make(task=task, average=None, **settings)
+            scores["each"] = make(task=task, average=None, **sizes)
         return torchmetrics.MetricCollection(scores).to(self._device)
 
-    def _checked(self, target: Tensor, classes: int) -> Tensor:
-        """Labels as int64. torchmetrics looks only at how many there are, if at all."""
+    def _checked(self, target: Tensor, classes: int, where: str) -> Tensor:
+        """Labels as int64. torchmetrics takes fractions and, in 'micro', labels of no class."""
         labels = target.long()
-        # The comparison with the target holds for NaN and fractions.
+        # A NaN or a fraction differs from its integer.
         wrong = (labels != target) | (labels < 0) | (labels >= classes)
         if self._config.ignore_index is not None:
             wrong &= labels != self._config.ignore_index
         if count := int(wrong.sum()):
             raise DataError(
-                f"{self._where}: labels in '{self._config.target}' must be whole numbers from 0 to"
+                f"{where}: labels in '{self._config.target}' must be whole numbers from 0 to"
                 f" {classes - 1}; got {count} others; set ignore_index or correct the data"
             )
         return labels
@@ -209,8 +196,8 @@ class ClassScore:
 
 @contextmanager
 def _native_bincount() -> Iterator[None]:
-    """Counting integers is exact in any order, but in deterministic mode torchmetrics counts N
-    labels of C classes through a matrix [N, C^2] int64.
+    """In deterministic mode torchmetrics counts N labels of C classes through an int64 matrix
+    [N, C^2]; torch counts integers exactly in any order.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

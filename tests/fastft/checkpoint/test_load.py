@@ -266,7 +266,7 @@ def test_inherited_head_that_is_absent_or_has_other_shapes():
 
 BAD_HEADS = {
     "misspelt": ({"haed": NewHead()}, r"finetune\.new_heads\.haed: .*did you mean 'head'\?"),
-    "unknown": ({"zzz": NewHead()}, "its modules: stem, norm, head"),
+    "unknown": ({"zzz": NewHead()}, "choose from 'stem', 'norm', 'head'"),
     "a parameter": ({"stem.weight": NewHead()}, "must name a module"),
     "without parameters": ({"head.1": NewHead()}, "must have parameters"),
     "no source": ({"head": NewHead(init="inherit")}, "head.source: must name a module"),

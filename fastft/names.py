@@ -1,0 +1,79 @@
+"""Parameters and tensors by name, as the user knows them: those of the unwrapped model.
+
+What torch.compile, activation checkpointing, FSDP and peft put in between is left out of every name
+that a user reads or writes.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from fastft.errors import ConfigError, nearest
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# Where peft keeps the layer that it adapts. A model may use the name too, so only below an
+# adapted layer.
+_BASE = ".base_layer."
+
+
+def unwrapped(name: str) -> str:
+    """A name without what torch's wrappers add to it, at any depth."""
+    return _WRAPPERS.sub("", name)
+
+
+def namer(model: nn.Module) -> Callable[[str], str]:
+    """A function from the model's raw names to those of the unwrapped model."""
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
+
+    def clean(name: str) -> str:
+        parent, base, rest = name.partition(_BASE)
+        return unwrapped(f"{parent}.{rest}" if base and parent in adapted else name)
+
+    return clean
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under their names in the unwrapped model; tied ones once."""
+    clean = namer(model)
+    for name, parameter in model.named_parameters():
+        yield clean(name), parameter
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's persistent tensors under their names in the unwrapped model."""
+    clean = namer(model)
+    return {clean(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `state_dict` returned into a model of the same structure.
+
+    Raises:
+        KeyError, RuntimeError: the model has other tensors.
+    """
+    clean = namer(model)
+    raw = {clean(name): name for name in model.state_dict()}
+    model.load_state_dict({raw[name]: tensor for name, tensor in state.items()})
+
+
+def matching(
+    patterns: Iterable[str], names: Sequence[str], *, where: str, what: str = "parameter"
+) -> list[str]:
+    """The names that match any of the globs, in their order.
+
+    Raises:
+        ConfigError: for every glob that matches nothing.
+    """
+    matched: set[str] = set()
+    problems = []
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            hint = nearest(pattern, names)
+            problems.append(f"{where}: '{pattern}' must match a {what}; it matches none{hint}")
+        matched.update(found)
+    if problems:
+        raise ConfigError(problems)
+    return [name for name in names if name in matched]
