@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastft import __version__
 from fastft.config import RunConfig
@@ -22,12 +23,13 @@ exit codes:
   2  an error you can mend: run file, data, checkpoint, arguments
   3  training stopped by its own policy (gradients.stop_after)
   4  interrupted by SIGTERM or Ctrl-C after a finished step; saved, go on with --resume
+  130  interrupted by Ctrl-C at once: before training, or a second time
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     console = Console(stderr=False, soft_wrap=not sys.stdout.isatty())
     try:
         options.run(options, console)
@@ -35,7 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"fastft: {problem}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("fastft: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        # argparse gives up on positional arguments that follow an option.
+        options.overrides = [*options.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +98,11 @@ def _add_run_command(commands, name: str, run, text: str) -> argparse.ArgumentPa
     command = commands.add_parser(name, help=text)
     command.add_argument("run_file", type=Path, metavar="RUN.toml")
     command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="as optim.lr=1e-4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="a setting instead of the run file's, as optim.lr=1e-4 or data.train.0.path=a.npz",
     )
     command.set_defaults(run=run)
     return command
@@ -106,7 +126,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _train(options: argparse.Namespace, console: Console) -> None:
     if options.resume:
-        options.overrides.append("checkpoint.resume=auto")
+        options.overrides = [*options.overrides, "checkpoint.resume=auto"]
     config = _config(options)
     result = importlib.import_module("fastft.train").train(config, console, dry_run=options.dry_run)
     if result is not None:
@@ -136,14 +156,17 @@ def _check(options: argparse.Namespace, console: Console) -> None:
 def _show(options: argparse.Namespace, console: Console) -> None:
     config = read_run_file(options.run_file) if options.run_file else None
     description = importlib.import_module("fastft.check").describe(options.checkpoint, config)
-    table = Table(title=description.title, show_header=False)
+    # A title must not be folded to the width of a narrow table.
+    width = min(len(description.title), console.width)
+    table = Table(title=Text(description.title), show_header=False, min_width=width)
     for row in description.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
 def _schema(options: argparse.Namespace, console: Console) -> None:
-    print(json.dumps(schema(), indent=2))
+    # Not print(): rich ends quietly where the reader has left (`| head`).
+    console.print(json.dumps(schema(), indent=2), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastft.assemble import Assembled, assemble, open_split
 from fastft.checkpoint import (
@@ -50,7 +51,9 @@ def evaluate(
     metrics = {**assembled.task.metrics, **make_metrics(config.evaluate.metrics, device)}
     with loader:
         values = score(assembled.task, loader, metrics, precision)
-    table = Table(title=f"{name} on {split} data ({loader.samples:,} samples)")
+    title = f"{name} on {split} data ({loader.samples:,} samples)"
+    # A title must not be folded to the width of a narrow table.
+    table = Table(title=Text(title), min_width=min(len(title), console.width))
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in values.items():

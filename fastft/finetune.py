@@ -1,6 +1,5 @@
 """What is trained: methods, freezing, low-rank adaptation, train and eval modes."""
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -9,7 +8,7 @@ from torch import nn
 
 from fastft.config import FinetuneConfig, LoraConfig
 from fastft.errors import ConfigError, nearest
-from fastft.names import matching, named_parameters, namer
+from fastft.names import matching, named_parameters, namer, unmatched
 from fastft.task import Task
 
 
@@ -22,7 +21,7 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
     model = task.model
     new_heads = tuple(config.new_heads) or tuple(task.heads)
     if config.method == "lora":
-        _inject_lora(model, config.lora, keep=new_heads)
+        _inject_lora(model, config.lora, keep=tuple(config.new_heads))
     trained = {
         "full": ("*",),
         "heads": _modules(model, config.heads or new_heads, "finetune.heads"),
@@ -30,15 +29,14 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
         "lora": ("*lora_*", *_modules(model, tuple(config.new_heads), "finetune.new_heads")),
     }[config.method]
     parameters = dict(named_parameters(model))
-    names = list(parameters)
+    _refuse_idle_globs(config, list(parameters))
     for name, parameter in parameters.items():
-        matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in trained)
+        matches = bool(matching(trained, [name]))
         parameter.requires_grad_(matches and parameter.is_floating_point())
-    frozen = matching(config.freeze, names, where="finetune.freeze")
-    frozen += _of_types(model, config.freeze_types)
-    for stage, unfreeze in enumerate(config.unfreeze):
-        frozen += matching(unfreeze.match, names, where=f"finetune.unfreeze.{stage}.match")
-    for name in frozen:
+    staged = [pattern for stage in config.unfreeze for pattern in stage.match]
+    for name in matching([*config.freeze, *staged], parameters):
+        parameters[name].requires_grad_(False)
+    for name in _of_types(model, config.freeze_types):
         parameters[name].requires_grad_(False)
     if not config.unfreeze and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(
@@ -51,9 +49,9 @@ def staged_names(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
     """Parameters that start frozen -> the first step that trains them."""
     names = [name for name, _ in named_parameters(model)]
     staged: dict[str, int] = {}
-    for stage, unfreeze in enumerate(config.unfreeze):
-        for name in matching(unfreeze.match, names, where=f"finetune.unfreeze.{stage}.match"):
-            staged[name] = min(unfreeze.at_step, staged.get(name, unfreeze.at_step))
+    for stage in config.unfreeze:
+        for name in matching(stage.match, names):
+            staged[name] = min(stage.at_step, staged.get(name, stage.at_step))
     return staged
 
 
@@ -99,9 +97,12 @@ def _inject_lora(model: nn.Module, config: LoraConfig, keep: Sequence[str]) -> N
     ]
     if not adaptable:
         raise ConfigError("finetune.method: 'lora' needs linear or convolution modules; got none")
-    chosen = matching(
+    problems = unmatched(
         config.targets, adaptable, where="finetune.lora.targets", what="linear or convolution"
     )
+    if problems:
+        raise ConfigError(problems)
+    chosen = matching(config.targets, adaptable)
     peft.inject_adapter_in_model(
         peft.LoraConfig(
             r=config.rank,
@@ -112,6 +113,14 @@ def _inject_lora(model: nn.Module, config: LoraConfig, keep: Sequence[str]) -> N
         ),
         model,
     )
+
+
+def _refuse_idle_globs(config: FinetuneConfig, names: Sequence[str]) -> None:
+    problems = unmatched(config.freeze, names, where="finetune.freeze")
+    for number, stage in enumerate(config.unfreeze):
+        problems += unmatched(stage.match, names, where=f"finetune.unfreeze.{number}.match")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _modules(model: nn.Module, heads: Sequence[str], where: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ read the size of its result. Where no label counts, a term is 0 and so are its g
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from fastft.config import (
     PythonLoss,
 )
 from fastft.errors import ConfigError, DataError, nearest
+from fastft.names import matching, named_parameters, unmatched
 from fastft.operands import pick_operands, same_shape, unique_names
 from fastft.task import Criterion, Loss
 from fastft.userfile import import_file
@@ -80,19 +80,18 @@ def make_penalty(config: LossConfig, model: nn.Module) -> Callable[[], Tensor] |
     """
     if not config.penalties:
         return None
-    parameters = dict(model.named_parameters())
-    problems, matched = [], []
-    for i, penalty in enumerate(config.penalties):
-        for pattern in penalty.match:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
-                problems.append(
-                    f"loss.penalties[{i}].match: must match a parameter; got '{pattern}'"
-                    f"{nearest(pattern, parameters)}"
-                )
-        chosen = [n for n in parameters if any(fnmatchcase(n, p) for p in penalty.match)]
-        matched.append((penalty, [parameters[n] for n in chosen]))
+    parameters = dict(named_parameters(model))
+    problems = [
+        problem
+        for i, penalty in enumerate(config.penalties)
+        for problem in unmatched(penalty.match, list(parameters), where=f"loss.penalties.{i}.match")
+    ]
     if problems:
         raise ConfigError(problems)
+    matched = [
+        (penalty, [parameters[name] for name in matching(penalty.match, parameters)])
+        for penalty in config.penalties
+    ]
     device = next(iter(parameters.values())).device
 
     def penalty_sum() -> Tensor:

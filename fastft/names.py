@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fastft.errors import ConfigError, nearest
+from fastft.errors import nearest
 
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# Where peft keeps the layer that it adapts. A model may use the name too, so only below an
-# adapted layer.
-_BASE = ".base_layer."
 
 
 def unwrapped(name: str) -> str:
@@ -25,11 +22,17 @@ def unwrapped(name: str) -> str:
 
 def namer(model: nn.Module) -> Callable[[str], str]:
     """A function from the model's raw names to those of the unwrapped model."""
+    # peft keeps an adapted layer in `base_layer`, a name that a model may use for itself.
     adapted = {name for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
 
     def clean(name: str) -> str:
-        parent, base, rest = name.partition(_BASE)
-        return unwrapped(f"{parent}.{rest}" if base and parent in adapted else name)
+        parts = name.split(".")
+        kept = [
+            part
+            for i, part in enumerate(parts)
+            if part != "base_layer" or ".".join(parts[:i]) not in adapted
+        ]
+        return unwrapped(".".join(kept))
 
     return clean
 
@@ -58,22 +61,18 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({raw[name]: tensor for name, tensor in state.items()})
 
 
-def matching(
+def unmatched(
     patterns: Iterable[str], names: Sequence[str], *, where: str, what: str = "parameter"
 ) -> list[str]:
-    """The names that match any of the globs, in their order.
+    """A message for every glob that matches none of the names."""
+    return [
+        f"{where}: '{pattern}' must match a {what}; it matches none{nearest(pattern, names)}"
+        for pattern in patterns
+        if not fnmatch.filter(names, pattern)
+    ]
 
-    Raises:
-        ConfigError: for every glob that matches nothing.
-    """
-    matched: set[str] = set()
-    problems = []
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            hint = nearest(pattern, names)
-            problems.append(f"{where}: '{pattern}' must match a {what}; it matches none{hint}")
-        matched.update(found)
-    if problems:
-        raise ConfigError(problems)
-    return [name for name in names if name in matched]
+
+def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names that match any of the globs, in their order."""
+    patterns = tuple(patterns)
+    return [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]

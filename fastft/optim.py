@@ -124,6 +124,10 @@ class Optimizer:
         self._total_steps = total_steps
         self._inner = _make_inner(groups, config)
         self._fused = config.name != "rmsprop"
+        if config.name == "sgd":
+            # torch makes momentum buffers in the first update, uninitialised where that is skipped.
+            for parameter in self.parameters.values():
+                self._inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

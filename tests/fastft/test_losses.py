@@ -380,6 +380,6 @@ def test_a_penalty_on_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         make_penalty(LossConfig(penalties=penalties), model)
     assert "did you mean 'head.weight'?" in caught.value.problems[0]
-    assert "loss.penalties[1].match: must match a parameter; got '*.gamma'" in str(caught.value)
+    assert "loss.penalties.1.match: '*.gamma' must match a parameter" in str(caught.value)
     assert len(caught.value.problems) == 2
     assert make_penalty(LossConfig(), model) is None

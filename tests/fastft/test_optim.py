@@ -1,0 +1,222 @@
+"""Groups, schedules and updates of the optimizer."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastft.config import OptimConfig, ParameterRule, ScheduleConfig
+from fastft.errors import CheckpointError, ConfigError
+from fastft.optim import Optimizer, layers_from_blocks, make_groups, schedule_factor
+from fastft.task import Batch, Block, Loss, Task
+
+
+def no_loss(model: nn.Module, batch: Batch) -> Loss:
+    raise NotImplementedError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+
+def make_task() -> Task:
+    torch.manual_seed(0)
+    net = Net()
+    blocks = tuple(Block(f"blocks.{i}", block) for i, block in enumerate(net.blocks))
+    return Task(model=net, loss=no_loss, blocks=blocks, heads=("head",))
+
+
+def settings_of(task: Task, config: OptimConfig) -> dict[str, tuple[float, float]]:
+    groups = make_groups(task, config, {})
+    return {name: (g.lr, g.weight_decay) for g in groups for name in g.parameters}
+
+
+def test_first_rule_that_matches_wins_and_biases_do_not_decay() -> None:
+    config = OptimConfig(
+        lr=1.0,
+        weight_decay=0.1,
+        groups=(
+            ParameterRule(match=("head.*",), lr=2.0),
+            ParameterRule(match=("head.*", "blocks.*"), lr=3.0, weight_decay=0.5),
+        ),
+    )
+    settings = settings_of(make_task(), config)
+    assert settings["head.weight"] == (2.0, 0.1)
+    assert settings["head.bias"] == (2.0, 0.0)
+    assert settings["blocks.1.weight"] == (3.0, 0.5)
+    assert settings["norm.weight"] == (1.0, 0.0)
+    assert settings["stem.weight"] == (1.0, 0.1)
+
+
+def test_norms_and_biases_decay_where_asked() -> None:
+    config = OptimConfig(lr=1.0, weight_decay=0.1, decay_norms_and_biases=True)
+    assert {decay for _, decay in settings_of(make_task(), config).values()} == {0.1}
+
+
+def test_layer_decay_counts_from_the_output() -> None:
+    settings = settings_of(make_task(), OptimConfig(lr=1.0, layer_decay=0.5))
+    assert settings["head.weight"][0] == 1.0
+    assert settings["norm.weight"][0] == 1.0
+    assert settings["blocks.2.weight"][0] == 0.5
+    assert settings["stem.weight"][0] == 0.5**4
+
+
+def test_what_stands_between_blocks_belongs_to_the_block_before() -> None:
+    task = make_task()
+    middle = dataclasses.replace(task, blocks=(Block("stem", task.model.stem), task.blocks[1]))
+    layers = layers_from_blocks(middle)
+    assert layers["stem.weight"] == 1
+    assert layers["blocks.0.weight"] == 1
+    assert layers["blocks.1.weight"] == 2
+    assert layers["head.weight"] == 3
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("haed.*",),), "optim.groups.0.match: 'haed.*' must match a parameter"),
+        ((("head.*",), ("head.weight",)), "optim.groups.1.match: .* only what earlier rules took"),
+        ((("stem.*",),), "match only frozen parameters"),
+    ],
+)
+def test_idle_rules_are_refused(rules: tuple[tuple[str, ...], ...], message: str) -> None:
+    task = make_task()
+    task.model.stem.requires_grad_(False)
+    config = OptimConfig(lr=1.0, groups=tuple(ParameterRule(match=rule) for rule in rules))
+    with pytest.raises(ConfigError, match=message):
+        make_groups(task, config, {})
+
+
+def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
+    task = make_task()
+    task.model.stem.requires_grad_(False)
+    groups = make_groups(task, OptimConfig(lr=1.0, weight_decay=0.1), {"stem.bias": 5})
+    names = [name for group in groups for name in group.parameters]
+    assert sorted(names) == sorted(set(dict(task.model.named_parameters())) - {"stem.weight"})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ScheduleConfig(name="constant"), {0: 1.0, 99: 1.0}),
+        (ScheduleConfig(name="linear", end_factor=0.1), {0: 1.0, 99: 0.1}),
+        (ScheduleConfig(name="cosine"), {0: 1.0, 99: 0.0}),
+        (ScheduleConfig(name="cosine", warmup_steps=10), {0: 1 / 11, 9: 10 / 11, 10: 1.0, 99: 0.0}),
+        (ScheduleConfig(name="step", step_size=30, gamma=0.5), {29: 1.0, 30: 0.5, 60: 0.25}),
+    ],
+)
+def test_schedules(config: ScheduleConfig, expected: dict[int, float]) -> None:
+    for step, factor in expected.items():
+        assert schedule_factor(config, step, 100) == pytest.approx(factor)
+
+
+def test_half_way_through_a_cosine() -> None:
+    assert schedule_factor(ScheduleConfig(name="cosine"), 50, 101) == pytest.approx(0.5)
+    assert schedule_factor(ScheduleConfig(), 25, 101) == pytest.approx(
+        (1 + math.cos(math.pi / 4)) / 2
+    )
+
+
+def backward(task: Task, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in task.model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+NAMES = ("adamw", "adam", "sgd", "rmsprop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_equal_torch_and_the_divisor_divides(name) -> None:
+    ours, theirs = make_task(), make_task()
+    config = OptimConfig(
+        lr=0.01, name=name, weight_decay=0.1, schedule=ScheduleConfig(name="constant")
+    )
+    optimizer = Optimizer(make_groups(ours, config, {}), config, total_steps=5)
+    decayed = [p for p in theirs.model.parameters() if p.ndim > 1]
+    plain = [p for p in theirs.model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.01),
+        "adam": lambda: torch.optim.Adam(groups, lr=0.01),
+        "sgd": lambda: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+        "rmsprop": lambda: torch.optim.RMSprop(groups, lr=0.01, momentum=0.9),
+    }[name]()
+    for step in range(5):
+        backward(theirs, step)
+        reference.step()
+        backward(ours, step)
+        for parameter in ours.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 4
+        optimizer.update(step, torch.tensor(4.0), torch.tensor(0.0))
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_skipped_update_changes_nothing(name, first: bool) -> None:
+    """As if the step had not been: the following updates equal those of a run without it."""
+    skipping, plain = make_task(), make_task()
+    config = OptimConfig(
+        lr=0.01, name=name, weight_decay=0.1, schedule=ScheduleConfig(name="constant")
+    )
+    one = torch.tensor(1.0)
+    results = []
+    for task, bad_step in ((skipping, 0 if first else 2), (plain, None)):
+        optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=9)
+        for step in range(4):
+            if step == bad_step:
+                before = [p.detach().clone() for p in task.model.parameters()]
+                backward(task, 99)
+                for parameter in task.model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad[..., 0] = math.nan
+                optimizer.update(step, one, torch.tensor(1.0))
+                for old, new in zip(before, task.model.parameters(), strict=True):
+                    assert torch.equal(old, new)
+            backward(task, step)
+            optimizer.update(step, one, torch.tensor(0.0))
+        results.append([p.detach().clone() for p in task.model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_round_trip_goes_on_bitwise() -> None:
+    config = OptimConfig(lr=0.01, weight_decay=0.1)
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    task = make_task()
+    optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=9)
+    for step in range(3):
+        backward(task, step)
+        optimizer.update(step, one, zero)
+    other = make_task()
+    other.model.load_state_dict(task.model.state_dict())
+    resumed = Optimizer(make_groups(other, config, {}), config, total_steps=9)
+    state = {
+        name: {k: v.clone() for k, v in s.items()} for name, s in optimizer.state_dict().items()
+    }
+    resumed.load_state_dict(state)
+    for step in range(3, 6):
+        for run, opt in ((task, optimizer), (other, resumed)):
+            backward(run, step)
+            opt.update(step, one, zero)
+    for a, b in zip(task.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_other_parameters_is_refused() -> None:
+    config = OptimConfig(lr=0.01)
+    task = make_task()
+    state = Optimizer(make_groups(task, config, {}), config, 9).state_dict()
+    task.model.stem.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"2 differ, the first is 'stem\.bias'"):
+        Optimizer(make_groups(task, config, {}), config, 9).load_state_dict(state)
