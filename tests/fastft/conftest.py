@@ -84,9 +84,8 @@ class Outcome:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: run.toml, model.py, train.npz (40 samples), validation.npz (16)."""
     monkeypatch.chdir(tmp_path)
-    # User files add their folder and themselves.
+    # A user's file adds its folder.
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("validation", 16)):
         write_samples(Path(f"{split}.npz"), random.normal(size=(count, 4)))
@@ -101,12 +100,12 @@ def write_samples(path: Path, inputs: np.ndarray) -> None:
 
 
 @pytest.fixture
-def fastft(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def fastft(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Runs a command in this process."""
 
     def run(*arguments: str) -> Outcome:
-        capfd.readouterr()
+        capsys.readouterr()
         code = main(arguments)
-        return Outcome(code, *capfd.readouterr())
+        return Outcome(code, *capsys.readouterr())
 
     return run

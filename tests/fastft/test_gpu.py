@@ -1,0 +1,152 @@
+"""What only a GPU can show: precisions, compiled blocks, and a step that never waits."""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fastft.assemble import assemble
+from fastft.config import RunConfig
+from fastft.data import open_loader
+from fastft.finetune import set_train_mode
+from fastft.optim import Optimizer, make_groups
+from fastft.runfile import parse
+from fastft.step import Ema, TrainingStep, compile_task, make_precision
+from fastft.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+CUDA = torch.device("cuda", 0)
+MODEL = {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Sixteen-pixel images whose class is the brightest quadrant."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 4, 256)
+    images = rng.normal(size=(256, 1, 16, 16)).astype(np.float32)
+    for image, target in zip(images, targets, strict=True):
+        row, column = divmod(int(target), 2)
+        image[0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] += 1.0
+    np.savez(tmp_path / "train.npz", inputs=images, targets=targets)
+    return tmp_path / "train.npz"
+
+
+def make_config(data: Path, folder: Path, **sections) -> RunConfig:
+    tree = {
+        "run": {"folder": str(folder), "steps": 60, "device": "cuda"},
+        "model": {
+            "adapter": "timm",
+            "options": {
+                "name": "vit_tiny_patch16_224",
+                "num_classes": 4,
+                "in_chans": 1,
+                "img_size": 16,
+                "arguments": MODEL,
+            },
+        },
+        "data": {
+            "train": [{"path": str(data)}],
+            "validation": [{"path": str(data)}],
+            "batch_size": 32,
+            "workers": 2,
+        },
+        "loss": {"terms": [{"name": "cross_entropy"}]},
+        "optim": {"lr": 1e-3, "weight_decay": 0.01},
+        "gradients": {"clip_norm": 1.0},
+        "evaluate": {"metrics": [{"name": "accuracy"}]},
+        "log": {"every_steps": 30, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return parse(RunConfig, tree, where="test")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("compile_mode", ["off", "blocks"])
+def test_every_precision_learns(
+    data: Path, tmp_path: Path, precision: str, compile_mode: str
+) -> None:
+    step = {"precision": precision, "compile": compile_mode}
+    config = make_config(data, tmp_path / "run", step=step)
+    result = train(config, Console(file=io.StringIO()))
+    assert result is not None
+    assert result.metrics["accuracy"] > 0.9
+
+
+def losses(config: RunConfig, steps: int) -> list[float]:
+    torch.manual_seed(0)
+    step, batches, _ = build(config)
+    return [step(i, [next(batches).to(CUDA)]).loss.item() for i in range(steps)]
+
+
+def build(config: RunConfig):
+    assembled = assemble(config, CUDA, Console(file=io.StringIO()))
+    task = assembled.task
+    loader = open_loader(assembled.adapter, config.data, seed=0, device=CUDA)
+    optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, config.run.steps)
+    precision = make_precision(config.step.precision, CUDA)
+    compile_task(task, config.step.compile, precision)
+    set_train_mode(task.model)
+    step = TrainingStep(task, optimizer, None, config.gradients, precision)
+    return step, iter(loader.batches()), Ema(task.model, 0.99)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_follows_fp32(data: Path, tmp_path: Path, precision: str) -> None:
+    config = make_config(data, tmp_path, step={"precision": "fp32"}, data={"workers": 0})
+    low = make_config(data, tmp_path, step={"precision": precision}, data={"workers": 0})
+    for a, b in zip(losses(config, 10), losses(low, 10), strict=True):
+        assert math.isclose(a, b, rel_tol=0.05)
+
+
+@contextlib.contextmanager
+def waiting_forbidden() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Calls by which the host waits for the device.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("compile_mode", ["off", "blocks"])
+def test_no_step_waits_for_the_device(
+    data: Path, tmp_path: Path, name: str, precision: str, compile_mode: str
+) -> None:
+    config = make_config(
+        data,
+        tmp_path,
+        step={"precision": precision, "compile": compile_mode},
+        optim={"lr": 1e-3, "name": name},
+    )
+    step, batches, ema = build(config)
+    for i in range(3):
+        step(i, [next(batches).to(CUDA)])
+    torch.cuda.synchronize()
+    steps_only = torch.profiler.record_function("steps")
+    with torch.profiler.profile() as profile, waiting_forbidden(), steps_only:
+        for i in range(3, 8):
+            step(i, [next(batches).to(CUDA)])
+            ema.update(i)
+    events = profile.events()
+    assert events is not None
+    steps = next(event for event in events if event.name == "steps").time_range
+    inside = [e.name for e in events if steps.start <= e.time_range.start <= steps.end]
+    assert any("cudaLaunchKernel" in name for name in inside)
+    assert [name for name in inside if name in WAITS or "DtoH" in name] == []
