@@ -95,8 +95,11 @@ def _open_trained(
     try:
         load_state_dict(assembled.task.model, saved.ema or saved.model)
     except (KeyError, RuntimeError) as error:
+        # torch lists the differences below a headline.
+        first = str(error).splitlines()[:2][-1].strip(" \t.")
         raise CheckpointError(
-            f"{folder}: must hold the run file's model; {str(error).splitlines()[0]}"
+            f"{folder}: must hold the run file's model; got {first}; give the run file that it was"
+            " trained with"
         ) from error
     return assembled, folder.name
 

@@ -9,12 +9,13 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fastft.config import RunConfig
@@ -30,25 +31,30 @@ def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: with every problem found, each as `file: key: what is wrong; what to do`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: must be a readable TOML file; got {error}") from None
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: must be a readable file; got {error.strerror}; check the path"
+        ) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: must be TOML; got an error: {error}; correct it") from None
+    problems = [problem for override in overrides for problem in _apply(tree, override)]
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: must be valid TOML; {error}") from None
-    for override in overrides:
-        _apply(tree, override)
-    return parse(RunConfig, tree, where=str(path))
+        config = parse(RunConfig, tree, where=str(path))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
-def parse(kind: type[Parsed], tree: Mapping[str, Any], *, where: str, key: str = "") -> Parsed:
+def parse(kind: type[Parsed], tree: Mapping[str, Any], *, where: str = "", key: str = "") -> Parsed:
     """Checks a parsed TOML tree against a dataclass.
 
     Args:
         kind: pydantic dataclass.
         tree: what tomllib returned.
-        where: file name, for messages.
+        where: file name, for messages; empty: the key says all.
         key: where in the file the tree stands, for messages.
     """
     # Strict JSON mode: arrays become tuples and strings paths, everything else must fit as it is.
@@ -57,7 +63,8 @@ def parse(kind: type[Parsed], tree: Mapping[str, Any], *, where: str, key: str =
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         errors = [e for e in error.errors() if e["type"] != "too_short" or e["input"] == []]
-        raise ConfigError(_message(kind, e, where, key) for e in errors) from None
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(prefix + _message(kind, e, key) for e in errors) from None
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -75,35 +82,42 @@ def schema() -> dict[str, Any]:
     return TypeAdapter(RunConfig).json_schema()
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets one `a.b.0.c=value` in the tree; the value is TOML, or a string where it is not."""
+def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
+    """Sets one `a.b.0.c=value` in the tree, or yields why not.
+
+    The value is TOML, or a string where it is not.
+    """
+    where = f"override '{override}'"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override '{override}': must read section.key=value, as optim.lr=1e-4")
+        yield f"{where}: must read section.key=value, as optim.lr=1e-4"
+        return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
         value = text.strip()
+        if value.startswith(("[", "{")):
+            yield (
+                f"{where}: must be TOML after '='; got an error: {error}; put the whole override"
+                " into single quotes, so that the shell leaves double quotes in it"
+            )
+            return
     node: Any = tree
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                at = ".".join(parts[:depth])
-                raise ConfigError(
-                    f"override '{override}': '{at}' has entries 0 to {len(node) - 1}; got '{part}'"
-                )
-            index: Any = int(part)
-        else:
-            index = part
-        if last:
+        at = ".".join(parts[:depth])
+        if not isinstance(node, (dict, list)):
+            yield f"{where}: '{at}' must be a section; got the value {json.dumps(node)}"
+            return
+        if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
+            has = f"'{at}' has the entries 0 to {len(node) - 1}" if node else f"'{at}' is empty"
+            yield f"{where}: must name an entry that exists, {has}; got '{part}'"
+            return
+        index: Any = int(part) if isinstance(node, list) else part
+        if depth == len(parts) - 1:
             node[index] = value
         else:
             node = node[index] if isinstance(node, list) else node.setdefault(index, {})
-            if not isinstance(node, (dict, list)):
-                at = ".".join(parts[: depth + 1])
-                raise ConfigError(f"override '{override}': '{at}' is a value, not a section")
 
 
 def _refuse_date(value: object) -> str:
@@ -111,37 +125,52 @@ def _refuse_date(value: object) -> str:
     return str(value)
 
 
-def _message(kind: type, error: ErrorDetails, where: str, key: str) -> str:
-    path, names = _locate(kind, error["loc"])
+def _message(kind: type, error: ErrorDetails, key: str) -> str:
+    path, names, description = _locate(kind, error["loc"])
     at = ".".join(part for part in [key, *path] if part)
     got = json.dumps(error["input"], default=str)
     got = got if len(got) <= 60 else got[:57] + "..."
     match error["type"]:
         case "unexpected_keyword_argument":
-            return f"{where}: {at}: unknown key{nearest(path[-1], sorted(names))}"
+            return f"{at}: unknown key{nearest(path[-1], sorted(names))}"
         case "too_short":
-            return f"{where}: {at}: must hold at least one entry; got none; add one"
+            return f"{at}: must hold at least one entry; got none; add one"
         case "missing" | "missing_argument":
-            return f"{where}: {at}: must be set; got nothing; add it"
+            return f"{at}: must be set; got nothing; add it"
         case "union_tag_not_found":
-            return f"{where}: {at}: needs a name; got {got}; set its 'name'"
+            return f"{at}: needs a name; got {got}; set its 'name'"
         case "union_tag_invalid" | "literal_error":
             context = error.get("ctx", {})
             allowed = context.get("expected_tags") or context.get("expected", "")
+            at = f"{at}.name" if "tag" in context else at
             value = str(context.get("tag", error["input"]))
             hint = nearest(value, re.findall("'(.*?)'", allowed))
-            return f"{where}: {at}: must be a known value; got '{value}'{hint}"
+            return f"{at}: must be a known value; got '{value}'{hint}"
+        case "string_pattern_mismatch":
+            return f"{at}: must be {description.rstrip('.')}; got {got}"
     text = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{where}: {at}: must be {text}; got {got}"
+    return f"{at}: must be {_TOML_NAMES.get(text, text)}; got {got}"
 
 
-def _locate(kind: Any, loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """A key as the user wrote it, and the names allowed beside it.
+# pydantic's words -> TOML's.
+_TOML_NAMES = {
+    "an object": "a table",
+    "a valid array": "an array",
+    "a valid boolean": "true or false",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid string": "text in quotes",
+}
+
+
+def _locate(kind: Any, loc: Sequence[int | str]) -> tuple[list[str], list[str], str]:
+    """A key as the user wrote it, the names allowed beside it, and its description.
 
     pydantic puts the tag of a tagged union into the location; it is left out of the key.
     """
     path: list[str] = []
     names: list[str] = []
+    description = ""
     for part in loc:
         options = _members(kind)
         tagged = [option for option in options if _tag(option) == part]
@@ -154,11 +183,13 @@ def _locate(kind: Any, loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
             names = [field.name for field in dataclasses.fields(kind)]
             hints = get_type_hints(kind, include_extras=True)
             kind = hints.get(str(part))
+            notes = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+            description = next((n.description for n in notes if isinstance(n, FieldInfo)), "")
         elif kind is not None:
             arguments = [a for a in get_args(kind) if a is not Ellipsis]
             kind = arguments[-1] if arguments else None
             names = []
-    return path, names
+    return path, names, description or ""
 
 
 def _members(kind: Any) -> list[Any]:

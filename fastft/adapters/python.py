@@ -6,6 +6,8 @@ define any of the adapter's other methods as functions of the same arguments: `d
 `transform`, `collate`, `prepare`, `save`, `describe`, `weights`, and a list `checks`.
 """
 
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -39,6 +41,8 @@ from fastft.task import (
 )
 from fastft.userfile import import_file
 
+_ARGUMENTS = "model.options.arguments"
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class PythonOptions:
@@ -55,10 +59,11 @@ def open_python_adapter(options: PythonOptions) -> Adapter:
     module = import_file(options.file, where="model.options.file", error=AdapterError)
     if hasattr(module, "Adapter"):
         kind = module.Adapter
-        return cast(Adapter, kind(parse(kind.Options, options.arguments, where=str(options.file))))
+        return cast(Adapter, kind(parse(kind.Options, options.arguments, key=_ARGUMENTS)))
     if not hasattr(module, "build"):
         raise AdapterError(
-            f"{options.file}: must define `build` or a class `Adapter`; it defines neither"
+            f"{options.file}: must define a function build() or a class Adapter; got neither;"
+            " define one that returns the model"
         )
     return FileAdapter(module, options)
 
@@ -78,23 +83,40 @@ class FileAdapter:
 
     def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
         """What `build(**arguments)` returns, completed to a task."""
-        built = self._module.build(**self._options.arguments)
+        file, arguments = self._options.file, self._options.arguments
+        try:
+            inspect.signature(self._module.build).bind(**arguments)
+        except TypeError as error:
+            raise ConfigError(
+                f"{_ARGUMENTS}: must fit build{inspect.signature(self._module.build)} in {file};"
+                f" got {json.dumps(arguments, default=str)}: {error}"
+            ) from None
+        built = self._module.build(**arguments)
         if isinstance(built, Task):
             built.model.to(device)
             return built
-        model, own_loss = built if isinstance(built, tuple) else (built, None)
-        if not isinstance(model, nn.Module):
-            raise AdapterError(
-                f"{self._options.file}: build() must return an nn.Module, (nn.Module, loss) or a"
-                f" Task; got {type(model).__name__}"
-            )
+        match built:
+            case nn.Module() as model:
+                own_loss = None
+            case (nn.Module() as model, own_loss) if callable(own_loss):
+                pass
+            case _:
+                raise AdapterError(
+                    f"{file}: build() must return an nn.Module, (nn.Module, loss function) or a"
+                    f" Task; got {_kind(built)}; correct what it returns"
+                )
         if own_loss is None and criterion is None:
             raise ConfigError(
-                "loss.terms: build() returned no loss, so the run file needs one; add a"
+                "loss.terms: build() returned no loss, so the run file needs one; got none; add a"
                 " [[loss.terms]] section, or return (model, loss)"
             )
         loss = _wrap(own_loss) if own_loss is not None else _on_inputs(cast(Criterion, criterion))
-        return Task(model=model.to(device), loss=loss, blocks=repeated_blocks(model))
+        return Task(
+            model=model.to(device),
+            loss=loss,
+            blocks=repeated_blocks(model),
+            fields=getattr(self._module, "fields", {}),
+        )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
         """The file's `weights(path)`, else the core reads the checkpoint."""
@@ -131,13 +153,20 @@ class FileAdapter:
         if hasattr(self._module, "save"):
             self._module.save(task, path)
         else:
-            # Tied tensors are written once each: safetensors refuses shared memory.
+            # Copies, since safetensors refuses tied tensors: it would not know whose memory it is.
             state = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
             safetensors.torch.save_file(state, path)
 
     def describe(self, path: Path) -> Description | None:
         """The file's `describe(path)`, else the core's table of tensors."""
         return self._module.describe(path) if hasattr(self._module, "describe") else None
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for messages: 'int', '(Net, str)'."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_kind, value))})"
+    return type(value).__name__
 
 
 def _on_inputs(criterion: Criterion) -> LossFunction:

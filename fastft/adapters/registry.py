@@ -23,7 +23,7 @@ def find_adapter(config: ModelConfig) -> Adapter:
         ConfigError: options that the adapter does not take.
     """
     make = _load(config.adapter)
-    options = parse(make.Options, config.options, where="model.options")
+    options = parse(make.Options, config.options, key="model.options")
     return cast(Adapter, make(options))
 
 

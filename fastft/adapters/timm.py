@@ -5,16 +5,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 import safetensors.torch
 import timm
-import timm.data
 import torch
 from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional
@@ -88,6 +89,7 @@ class TimmAdapter:
                 "loss.terms: the timm adapter needs a loss; got none; add a [[loss.terms]] section"
                 " such as name = 'cross_entropy'"
             )
+        self._check_options()
         model = self._create().to(device)
         self._data_config = self._resolve_data_config(model)
         classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
@@ -116,6 +118,11 @@ class TimmAdapter:
         """Adds `inputs` as a float tensor `[C, H, W]` of the model's size, normalised."""
         values = np.asarray(sample["inputs"])
         if values.dtype == np.uint8 and values.ndim == 3 and values.shape[-1] == 3:
+            if self.options.in_chans != 3:
+                raise DataError(
+                    f"inputs: images have 3 channels; got model.options.in_chans ="
+                    f" {self.options.in_chans}; set it to 3, or store arrays in an .npz file"
+                )
             image = self._image_transform(split == "train")(Image.fromarray(values))
         else:
             image = self._array_transform(values)
@@ -138,6 +145,22 @@ class TimmAdapter:
         """The core's table of tensors says all."""
         return None
 
+    def _check_options(self) -> None:
+        channels = self.options.in_chans
+        problems = [
+            f"model.options.{name}: must hold one value for each of the {channels} channels;"
+            f" got {len(values)}; add or remove some"
+            for name in ("mean", "std")
+            if (values := getattr(self.options, name)) is not None and len(values) != channels
+        ]
+        if any(value <= 0 for value in self.options.std or ()):
+            problems.append(
+                f"model.options.std: must be above 0; got {list(self.options.std or ())}; drop"
+                " channels that never vary"
+            )
+        if problems:
+            raise ConfigError(problems)
+
     def _create(self) -> nn.Module:
         options = self.options
         arguments: dict[str, Any] = {"num_classes": options.num_classes, **options.arguments}
@@ -147,7 +170,10 @@ class TimmAdapter:
         if not timm.is_model(base):
             close = difflib.get_close_matches(base, timm.list_models(), n=1)
             hint = f"; did you mean '{close[0]}'?" if close else "; see timm.list_models()"
-            raise AdapterError(f"model.options.name: timm has no model '{base}'{hint}")
+            raise AdapterError(
+                f"model.options.name: must be a model of timm {timm.__version__}; got '{base}'"
+                + hint
+            )
         try:
             if options.img_size is not None:
                 # Only architectures that fix their input size at construction take it.
@@ -155,16 +181,19 @@ class TimmAdapter:
                     return self._timm_model(img_size=options.img_size, **arguments)
             return self._timm_model(**arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+            advice = "correct the options"
+            if isinstance(error, OSError):
+                advice = "connect to the network, or set pretrained = false and model.checkpoint"
             raise AdapterError(
-                f"model.options: timm could not make '{options.name}' with {arguments}:"
-                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                f"model.options: timm must be able to make '{options.name}' with {arguments}; got"
+                f" {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}; {advice}"
             ) from error
 
     def _timm_model(self, **arguments: Any) -> nn.Module:
         return timm.create_model(self.options.name, pretrained=self.options.pretrained, **arguments)
 
     def _resolve_data_config(self, model: nn.Module) -> dict[str, Any]:
-        config = timm.data.resolve_model_data_config(model)
+        config = resolve_model_data_config(model)
         size = self.options.img_size
         if size is not None:
             config["input_size"] = (config["input_size"][0], size, size)
@@ -181,7 +210,7 @@ class TimmAdapter:
 
     def _image_transform(self, training: bool) -> Any:
         if training not in self._transforms:
-            self._transforms[training] = timm.data.create_transform(
+            self._transforms[training] = create_transform(
                 **self._data_config, is_training=training and self.options.augment
             )
         return self._transforms[training]
@@ -219,6 +248,5 @@ def _layers(model: nn.Module) -> dict[str, int] | None:
     if not hasattr(model, "group_matcher"):
         return None
     matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
-    return {
-        name: int(layer) for name, layer in group_parameters(model, matcher, reverse=True).items()
-    }
+    layers = cast(dict[str, int], group_parameters(model, matcher, reverse=True))
+    return {name: int(layer) for name, layer in layers.items()}

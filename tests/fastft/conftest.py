@@ -106,6 +106,7 @@ def fastft(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     def run(*arguments: str) -> Outcome:
         capsys.readouterr()
         code = main(arguments)
-        return Outcome(code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
 
     return run

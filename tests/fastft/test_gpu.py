@@ -30,19 +30,18 @@ MODEL = {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Sixteen-pixel images whose class is the brightest quadrant."""
+def textures(tmp_path: Path) -> Path:
+    """Noisy images whose class is the texture that repeats in them."""
     rng = np.random.default_rng(0)
-    targets = rng.integers(0, 4, 256)
-    images = rng.normal(size=(256, 1, 16, 16)).astype(np.float32)
-    for image, target in zip(images, targets, strict=True):
-        row, column = divmod(int(target), 2)
-        image[0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] += 1.0
-    np.savez(tmp_path / "train.npz", inputs=images, targets=targets)
-    return tmp_path / "train.npz"
+    patterns = rng.normal(size=(4, 1, 4, 4))
+    for split in ("train", "validation"):
+        targets = rng.integers(0, 4, 256)
+        images = np.tile(patterns[targets], (1, 1, 4, 4)) + rng.normal(size=(256, 1, 16, 16))
+        np.savez(tmp_path / f"{split}.npz", inputs=images.astype(np.float32), targets=targets)
+    return tmp_path
 
 
-def make_config(data: Path, folder: Path, **sections) -> RunConfig:
+def make_config(images: Path, folder: Path, **sections) -> RunConfig:
     tree = {
         "run": {"folder": str(folder), "steps": 60, "device": "cuda"},
         "model": {
@@ -56,13 +55,13 @@ def make_config(data: Path, folder: Path, **sections) -> RunConfig:
             },
         },
         "data": {
-            "train": [{"path": str(data)}],
-            "validation": [{"path": str(data)}],
+            "train": [{"path": str(images / "train.npz")}],
+            "validation": [{"path": str(images / "validation.npz")}],
             "batch_size": 32,
             "workers": 2,
         },
         "loss": {"terms": [{"name": "cross_entropy"}]},
-        "optim": {"lr": 1e-3, "weight_decay": 0.01},
+        "optim": {"lr": 3e-3, "weight_decay": 0.01},
         "gradients": {"clip_norm": 1.0},
         "evaluate": {"metrics": [{"name": "accuracy"}]},
         "log": {"every_steps": 30, "tensorboard": False},
@@ -75,10 +74,10 @@ def make_config(data: Path, folder: Path, **sections) -> RunConfig:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("compile_mode", ["off", "blocks"])
 def test_every_precision_learns(
-    data: Path, tmp_path: Path, precision: str, compile_mode: str
+    textures: Path, tmp_path: Path, precision: str, compile_mode: str
 ) -> None:
     step = {"precision": precision, "compile": compile_mode}
-    config = make_config(data, tmp_path / "run", step=step)
+    config = make_config(textures, tmp_path / "run", step=step)
     result = train(config, Console(file=io.StringIO()))
     assert result is not None
     assert result.metrics["accuracy"] > 0.9
@@ -103,9 +102,9 @@ def build(config: RunConfig):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_follows_fp32(data: Path, tmp_path: Path, precision: str) -> None:
-    config = make_config(data, tmp_path, step={"precision": "fp32"}, data={"workers": 0})
-    low = make_config(data, tmp_path, step={"precision": precision}, data={"workers": 0})
+def test_low_precision_follows_fp32(textures: Path, tmp_path: Path, precision: str) -> None:
+    config = make_config(textures, tmp_path, step={"precision": "fp32"}, data={"workers": 0})
+    low = make_config(textures, tmp_path, step={"precision": precision}, data={"workers": 0})
     for a, b in zip(losses(config, 10), losses(low, 10), strict=True):
         assert math.isclose(a, b, rel_tol=0.05)
 
@@ -127,10 +126,10 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("compile_mode", ["off", "blocks"])
 def test_no_step_waits_for_the_device(
-    data: Path, tmp_path: Path, name: str, precision: str, compile_mode: str
+    textures: Path, tmp_path: Path, name: str, precision: str, compile_mode: str
 ) -> None:
     config = make_config(
-        data,
+        textures,
         tmp_path,
         step={"precision": precision, "compile": compile_mode},
         optim={"lr": 1e-3, "name": name},
