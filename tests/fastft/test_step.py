@@ -1,0 +1,174 @@
+"""One training step: accumulation, penalties, precision, compiled blocks, averaged weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastft.config import GradientsConfig, LossConfig, OptimConfig, Penalty, ScheduleConfig
+from fastft.errors import ConfigError
+from fastft.losses import make_penalty
+from fastft.optim import Optimizer, make_groups
+from fastft.step import Ema, TrainingStep, compile_task, compute_loss, make_precision
+from fastft.task import Batch, Loss, Task, repeated_blocks
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 8)
+        self.down = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh())
+
+
+def squared_error(model: nn.Module, batch: Batch) -> Loss:
+    output = model(batch["inputs"])
+    error = (output.float() - batch["targets"]).square().mean()
+    return Loss(error, {"output": output.detach().float().mean()}, output.detach())
+
+
+def make_task() -> Task:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Block(), Block(), nn.Linear(4, 1))
+    return Task(model=model, loss=squared_error, blocks=repeated_blocks(model))
+
+
+def make_batch(size: int = 8, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 4, generator=generator)
+    return Batch({"inputs": inputs, "targets": inputs.sum(1, keepdim=True)}, size)
+
+
+def make_step(task: Task, precision: str = "fp32", penalty=None, **gradients) -> TrainingStep:
+    config = OptimConfig(lr=0.05, name="sgd", schedule=ScheduleConfig(name="constant"))
+    optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=100)
+    settings = GradientsConfig(**gradients)
+    return TrainingStep(task, optimizer, penalty, settings, make_precision(precision, CPU))
+
+
+def test_micro_batches_add_up_to_one_batch() -> None:
+    whole, parts = make_task(), make_task()
+    batch = make_batch(8)
+    halves = [
+        Batch({name: value[i : i + 4] for name, value in batch.data.items()}, 4) for i in (0, 4)
+    ]
+    one, two = make_step(whole), make_step(parts)
+    for index in range(3):
+        a, b = one(index, [batch]), two(index, halves)
+        torch.testing.assert_close(a.loss, b.loss)
+        torch.testing.assert_close(a.verdict.norm, b.verdict.norm)
+        torch.testing.assert_close(a.parts, b.parts)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns(precision: str) -> None:
+    step = make_step(make_task(), precision, clip_norm=1.0)
+    losses = [step(i, [make_batch(64, i)]).loss.item() for i in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_penalty_is_in_the_loss_and_its_gradient_in_the_update() -> None:
+    config = LossConfig(penalties=(Penalty(kind="l2", match=("0.weight",), weight=0.5),))
+    for micro_batches in (1, 2):
+        plain, punished = make_task(), make_task()
+        batches = [make_batch(seed=i) for i in range(micro_batches)]
+        without = make_step(plain)(0, batches)
+        penalty = make_penalty(config, punished.model)
+        before = punished.model[0].weight.detach().clone()
+        result = make_step(punished, penalty=penalty)(0, batches)
+        torch.testing.assert_close(result.loss - without.loss, 0.5 * before.square().sum())
+        torch.testing.assert_close(result.parts["penalty"], 0.5 * before.square().sum())
+        # The gradient of 0.5 w^2 is w, and SGD takes lr = 0.05 of it.
+        difference = plain.model[0].weight - punished.model[0].weight
+        torch.testing.assert_close(difference, 0.05 * before, rtol=1e-3, atol=1e-6)
+
+
+def test_a_bad_step_changes_no_weight_and_is_counted() -> None:
+    task = make_task()
+    step = make_step(task)
+    batch = make_batch()
+    batch["inputs"][0, 0] = torch.inf
+    before = [p.detach().clone() for p in task.model.parameters()]
+    result = step(0, [batch])
+    assert result.verdict.skip.item() == 1
+    assert step.guard.counters()["nonfinite"].item() == 1
+    for old, new in zip(before, task.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_norms_by_group_and_layer_add_up_to_the_global_one() -> None:
+    step = make_step(make_task())
+    result = step(0, [make_batch()])
+    norms = step.summary(result.verdict.tensor_norms)
+    assert {"layer/0", "layer/1", "layer/2", "layer/3"} <= set(norms)
+    for kind in ("layer/", "group/"):
+        squares = [norm.square() for name, norm in norms.items() if name.startswith(kind)]
+        torch.testing.assert_close(torch.stack(squares).sum().sqrt(), result.verdict.norm)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "model"])
+def test_compiled_gradients_equal_eager_ones_and_names_stay(mode: str) -> None:
+    eager, compiled = make_task(), make_task()
+    precision = make_precision("bf16", CPU)
+    compile_task(compiled, mode, precision)
+    gradients = []
+    for task in (eager, compiled):
+        compute_loss(task.loss, task.model, make_batch(), precision).total.backward()
+        gradients.append({name: p.grad for name, p in task.model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert eager.model.state_dict().keys() == compiled.model.state_dict().keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0.05, atol=0.02)
+
+
+def test_autocast_is_inside_what_is_compiled() -> None:
+    """A compiled block computes in bf16 though nothing around it does."""
+    task = make_task()
+    dtypes = []
+    task.model[1].down.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+    compile_task(task, "blocks", make_precision("bf16", CPU))
+    task.model[1](torch.randn(2, 4))
+    assert dtypes == [torch.bfloat16]
+
+
+def test_blocks_are_needed_to_compile_blocks() -> None:
+    task = Task(model=nn.Linear(1, 1), loss=squared_error)
+    with pytest.raises(ConfigError, match="needs a model with repeated blocks"):
+        compile_task(task, "blocks", make_precision("fp32", CPU))
+
+
+def test_repeated_blocks_are_blocks_rather_than_stages() -> None:
+    stages = [nn.Sequential(*(Block() for _ in range(2))) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(4, 4), *stages, nn.Linear(4, 1))
+    assert [block.name for block in repeated_blocks(model)] == ["1.0", "1.1", "2.0", "2.1"]
+    assert repeated_blocks(nn.Linear(1, 1)) == ()
+
+
+def test_the_average_follows_the_weights_and_swaps_in_and_out() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    ema = Ema(model, 0.5)
+    nn.init.constant_(model.weight, 3.0)
+    # Early decay is (1 + 0) / (10 + 0) = 0.1: 0.1 * 1 + 0.9 * 3.
+    ema.update(0)
+    with ema.swapped_in():
+        assert model.weight.item() == pytest.approx(2.8)
+    assert model.weight.item() == 3.0
+    assert ema.average["weight"].item() == pytest.approx(2.8)
+    ema.update(1000)
+    assert ema.average["weight"].item() == pytest.approx(0.5 * 2.8 + 0.5 * 3.0)
+
+
+def test_an_error_inside_does_not_leave_the_average_in_the_model() -> None:
+    model = nn.Linear(1, 1)
+    ema = Ema(model, 0.5)
+    before = model.weight.item()
+    nn.init.constant_(ema.average["weight"], 7.0)
+    with pytest.raises(RuntimeError), ema.swapped_in():
+        raise RuntimeError
+    assert model.weight.item() == before
