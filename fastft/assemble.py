@@ -36,13 +36,16 @@ def assemble(
         pretrained: False where a run's own checkpoint is loaded over everything anyway.
     """
     adapter = find_adapter(config.model)
-    task = adapter.build(make_criterion(config.loss, device), device=device)
-    if config.model.checkpoint is None and config.finetune.new_heads:
+    criterion = make_criterion(config.loss, device)
+    path = config.model.checkpoint
+    task = adapter.build(criterion, device=device, checkpoint=path)
+    heads = config.finetune.new_heads
+    if path is None and any(head.init != "random" for head in heads.values()):
         raise ConfigError(
-            "finetune.new_heads: needs a checkpoint whose heads they replace; model.checkpoint is"
-            " not set; set it or drop new_heads"
+            "finetune.new_heads: without model.checkpoint every head is new and 'random'; got"
+            " another init; set model.checkpoint"
         )
-    if config.model.checkpoint is not None and pretrained:
+    if path is not None and pretrained:
         console.print(_load(adapter, task, config).table())
     apply_method(task, config.finetune)
     return Assembled(adapter, task)

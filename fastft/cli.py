@@ -159,6 +159,9 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     # A title must not be folded to the width of a narrow table.
     width = min(len(description.title), console.width)
     table = Table(title=Text(description.title), show_header=False, min_width=width)
+    table.add_column()
+    # Paths are folded, not cut.
+    table.add_column(overflow="fold")
     for row in description.rows:
         table.add_row(*map(Text, row))
     console.print(table)

@@ -124,9 +124,10 @@ def _refuse_idle_globs(config: FinetuneConfig, names: Sequence[str]) -> None:
 
 
 def _modules(model: nn.Module, heads: Sequence[str], where: str) -> tuple[str, ...]:
-    """Globs for the parameters of the named modules."""
+    """Globs for the parameters of the named modules; a single parameter may be named too."""
     clean = namer(model)
     names = [clean(name) for name, _ in model.named_modules() if name]
+    names += [name for name, _ in named_parameters(model)]
     problems = [
         f"{where}: '{head}' must be a module of the model; it is not{nearest(head, names)}"
         for head in heads

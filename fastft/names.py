@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fastft.errors import nearest
+from fastft.errors import CheckpointError, nearest
 
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -45,20 +45,36 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's persistent tensors under their names in the unwrapped model."""
-    clean = namer(model)
-    return {clean(name): tensor for name, tensor in model.state_dict().items()}
+    """The model's persistent tensors under their names in the unwrapped model.
 
-
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `state_dict` returned into a model of the same structure.
-
-    Raises:
-        KeyError, RuntimeError: the model has other tensors.
+    A module's extra state is no tensor and left out: models rebuild it.
     """
     clean = namer(model)
-    raw = {clean(name): name for name in model.state_dict()}
-    model.load_state_dict({raw[name]: tensor for name, tensor in state.items()})
+    return {clean(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, where: object) -> None:
+    """Loads what `state_dict` returned into a model of the same structure.
+
+    Args:
+        where: the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: the model has other tensors.
+    """
+    clean = namer(model)
+    own = model.state_dict()
+    raw = {clean(name): name for name in own}
+    extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    try:
+        model.load_state_dict({raw.get(k, k): tensor for k, tensor in state.items()} | extra)
+    except RuntimeError as error:
+        # torch lists the differences below a headline.
+        first = str(error).splitlines()[:2][-1].strip(" \t.")
+        raise CheckpointError(
+            f"{where}: must hold the run file's model; got {first}; give the run file that it was"
+            " trained with"
+        ) from error
 
 
 def unmatched(

@@ -7,6 +7,7 @@ another pass over the gradients nor the host.
 
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,9 @@ from fastft.config import OptimConfig, ScheduleConfig
 from fastft.errors import CheckpointError, ConfigError, nearest
 from fastft.names import named_parameters
 from fastft.task import Task
+
+# What peft adds to a layer's name for the low-rank update of its weight.
+_ADAPTER = re.compile(r"\.lora_\w+\..*$")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def make_groups(task: Task, config: OptimConfig, staged: Mapping[str, int]) -> l
         used.add(index)
         rule = config.groups[index] if index >= 0 else None
         label = ", ".join(rule.match) if rule else "default"
-        layer, factor = layers.get(name, (None, 1.0))
+        layer, factor = layers.get(_ADAPTER.sub(".weight", name), (None, 1.0))
         lr = rule.lr if rule and rule.lr is not None else config.lr * factor
         if layer is not None and (rule is None or rule.lr is None):
             label = f"{label}, layer {layer}" if rule else f"layer {layer}"
@@ -134,9 +138,13 @@ class Optimizer:
         """Every parameter of every group, by name."""
         return {name: p for group in self.groups for name, p in group.parameters.items()}
 
+    def lr_factor(self, step: int) -> float:
+        """Learning rates at a step over their peaks."""
+        return schedule_factor(self._schedule, step, self._total_steps)
+
     def learning_rates(self, step: int) -> dict[str, float]:
         """Group name -> learning rate at a step."""
-        factor = schedule_factor(self._schedule, step, self._total_steps)
+        factor = self.lr_factor(step)
         return {group.name: group.lr * factor for group in self.groups}
 
     def update(self, step: int, divisor: Tensor, skip: Tensor) -> None:
@@ -147,7 +155,7 @@ class Optimizer:
             divisor: fp32 device scalar; gradients are divided by it first.
             skip: fp32 device scalar, 0 or 1.
         """
-        factor = schedule_factor(self._schedule, step, self._total_steps)
+        factor = self.lr_factor(step)
         for group, settings in zip(self.groups, self._inner.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         if self._fused:

@@ -5,6 +5,7 @@ log points only.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +18,7 @@ from fastft.errors import ConfigError
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
 from fastft.names import named_parameters
 from fastft.optim import Optimizer
-from fastft.task import Batch, Loss, LossFunction, Task
+from fastft.task import Batch, Block, Loss, LossFunction, Task
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,17 +70,24 @@ def compile_task(task: Task, mode: str, precision: Precision) -> None:
     """
     if mode == "off":
         return
-    modules = [block.module for block in task.blocks] if mode == "blocks" else [task.model]
-    if not modules:
+    whole = Block("", task.model)
+    blocks = task.blocks if mode == "blocks" else (whole,)
+    if not blocks:
         raise ConfigError(
             "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none;"
             " use 'model' or 'off'"
         )
     functorch_config = cast(Any, torch._functorch.config)  # type: ignore[attr-defined]
     functorch_config.backward_pass_autocast = "off"
-    for module in modules:
-        inside = _autocast_inside(module.forward, precision)
-        module.forward = torch.compile(inside, dynamic=False, fullgraph=mode == "blocks")
+    # All blocks share the code object below, and torch's limit is per code object: each distinct
+    # block, in train and eval mode, with full and last batches, needs a graph of its own.
+    dynamo_config = cast(Any, torch._dynamo.config)  # type: ignore[attr-defined]
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 8 * len(blocks))
+    for block in blocks:
+        inside = _autocast_inside(block.module.forward, precision)
+        block.module.forward = torch.compile(
+            inside, dynamic=block.dynamic, fullgraph=mode == "blocks"
+        )
 
 
 def _autocast_inside(forward: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
@@ -140,9 +148,15 @@ class TrainingStep:
 
     def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
         """Runs step `index` (0-based) on micro-batches that are on the device."""
-        losses = [self._forward_backward(batch, len(batches)) for batch in batches]
+        factor = self._optimizer.lr_factor(index)
+        losses = [
+            self._forward_backward(dataclasses.replace(batch, lr_factor=factor), len(batches))
+            for batch in batches
+        ]
         total = _mean([loss.total for loss in losses])
-        parts = {name: _mean([loss.parts[name] for loss in losses]) for name in losses[0].parts}
+        # Micro-batches of different data sets may have different parts.
+        names = dict.fromkeys(name for loss in losses for name in loss.parts)
+        parts = {n: _mean([x.parts[n] for x in losses if n in x.parts]) for n in names}
         if self._penalty is not None:
             penalty = self._penalty()
             (penalty * self.guard.scale).backward()

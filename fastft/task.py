@@ -37,11 +37,13 @@ class Batch:
         data: field name -> tensor, or any pytree of tensors and host values (dates, names).
         size: samples in it.
         source: data set it was drawn from; empty where samples of several are mixed.
+        lr_factor: learning rate over its peak in this step, for losses whose weights follow it.
     """
 
     data: Mapping[str, Any]
     size: int
     source: str = ""
+    lr_factor: float = 1.0
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]
@@ -100,10 +102,16 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated module: what is compiled on its own, and what may be recomputed."""
+    """A repeated module: what is compiled on its own, and what may be recomputed.
+
+    Attributes:
+        name: as in the model.
+        dynamic: compile it once for all sizes, where those vary from batch to batch.
+    """
 
     name: str
     module: nn.Module
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,9 +197,25 @@ class CheckData:
 DataCheck = Callable[[CheckData], Iterable[Finding]]
 
 
-class Loader(Protocol):
-    """Yields the batches of steps `first`, `first + 1`, ...; each depends on its step alone."""
+class NamedDataset(Dataset, Protocol):
+    """A data set with the name it has in logs; its samples are transformed."""
 
+    @property
+    def name(self) -> str: ...
+
+
+class Loader(Protocol):
+    """Yields the batches of steps `first`, `first + 1`, ...; each depends on its step alone.
+
+    Attributes:
+        sources: the data sets, to go over once and in order.
+        samples: of all of them together.
+    """
+
+    @property
+    def sources(self) -> Sequence["NamedDataset"]: ...
+    @property
+    def samples(self) -> int: ...
     def batches(self, first: int = 0) -> Iterable[Batch]: ...
     def example(self) -> Batch: ...
 
@@ -215,11 +239,14 @@ class Adapter(Protocol):
     Options: ClassVar[type]
     checks: Sequence[DataCheck]
 
-    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+    def build(
+        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+    ) -> Task:
         """The task with freshly initialised weights on `device`.
 
         Args:
             criterion: the run file's `[loss]`, None where it has no terms.
+            checkpoint: what will be loaded, for families whose checkpoints say the architecture.
         """
         ...
 

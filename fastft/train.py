@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastft.assemble import assemble, check_run_data, open_split
-from fastft.checkpoint import best_checkpoint, latest_checkpoint
+from fastft.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode, staged_names, unfreeze
@@ -23,6 +23,7 @@ from fastft.loop import (
 )
 from fastft.losses import make_penalty
 from fastft.metrics import MetricWriter, make_metrics, open_writer
+from fastft.names import load_state_dict
 from fastft.optim import Optimizer, group_table, make_groups
 from fastft.runtime import open_run, write_record
 from fastft.step import Ema, TrainingStep, compile_task, make_precision
@@ -55,26 +56,30 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         FastftError: anything that the user can mend.
     """
     with open_run(config.run, write=not dry_run) as run:
-        resumed = find_resumed(config)
+        resumed = None if dry_run else find_resumed(config)
         assembled = assemble(config, run.device, console, pretrained=resumed is None)
         task, adapter = assembled.task, assembled.adapter
         loader = open_loader(adapter, config.data, seed=run.seed, device=run.device)
         validation = open_split(adapter, config, "validation", run.device)
         check_run_data(assembled, config, [loader, validation], console)
+        saved = load_checkpoint(resumed) if resumed else None
+        if saved is not None:
+            # Before `prepare`, which may run the model over the data.
+            load_state_dict(task.model, saved.model, where=resumed)
         adapter.prepare(task, loader)
+        precision = make_precision(config.step.precision, run.device)
+        compile_task(task, config.step.compile, precision)
         staged = staged_names(task.model, config.finetune)
         groups = make_groups(task, config.optim, staged)
         console.print(group_table(groups, task))
         if dry_run:
             return None
         optimizer = Optimizer(groups, config.optim, config.run.steps)
-        precision = make_precision(config.step.precision, run.device)
-        compile_task(task, config.step.compile, precision)
         penalty = make_penalty(config.loss, task.model)
         step = TrainingStep(task, optimizer, penalty, config.gradients, precision)
         ema = Ema(task.model, config.ema.decay) if config.ema else None
         state = TrainingState(task, optimizer, step, ema, run.device)
-        first = state.restore(resumed) if resumed else 0
+        first = state.restore(saved) if saved else 0
         write_record(run.folder, config, run.device)
         unfreeze(task.model, staged, first)
         set_train_mode(task.model)

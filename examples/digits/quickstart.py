@@ -25,18 +25,18 @@ PRETRAINED = FOLDER / "pretrained.safetensors"
 
 def write_data(folder: Path) -> None:
     """Digits 0-4 and 5-9, a quarter of each held out, as .npz files."""
-    digits = load_digits()
-    images = (digits.images / 16.0).astype(np.float32)
+    pixels, digits = load_digits(return_X_y=True)
+    images = (pixels / 16.0).astype(np.float32).reshape(-1, 8, 8)
     folder.mkdir(parents=True)
     for first in (0, 5):
-        chosen = np.flatnonzero((digits.target >= first) & (digits.target < first + 5))
+        chosen = np.flatnonzero((digits >= first) & (digits < first + 5))
         chosen = np.random.default_rng(0).permutation(chosen)
         held_out = len(chosen) // 4
         for split, indices in (("validation", chosen[:held_out]), ("train", chosen[held_out:])):
             np.savez(
                 folder / f"digits-{first}-{first + 4}-{split}.npz",
                 inputs=images[indices],
-                targets=digits.target[indices] - first,
+                targets=digits[indices] - first,
             )
 
 

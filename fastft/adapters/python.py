@@ -57,8 +57,9 @@ class PythonOptions:
 def open_python_adapter(options: PythonOptions) -> Adapter:
     """The adapter that a user's file defines."""
     module = import_file(options.file, where="model.options.file", error=AdapterError)
-    if hasattr(module, "Adapter"):
-        kind = module.Adapter
+    kind = getattr(module, "Adapter", None)
+    # Not the protocol that the file may import for its annotations.
+    if kind is not None and kind is not Adapter:
         return cast(Adapter, kind(parse(kind.Options, options.arguments, key=_ARGUMENTS)))
     if not hasattr(module, "build"):
         raise AdapterError(
@@ -81,7 +82,9 @@ class FileAdapter:
         self._options = options
         self.checks: Sequence[DataCheck] = getattr(module, "checks", ())
 
-    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+    def build(
+        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+    ) -> Task:
         """What `build(**arguments)` returns, completed to a task."""
         file, arguments = self._options.file, self._options.arguments
         try:

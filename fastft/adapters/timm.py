@@ -82,7 +82,9 @@ class TimmAdapter:
         self._data_config: dict[str, Any] = {}
         self._transforms: dict[bool, Any] = {}
 
-    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+    def build(
+        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+    ) -> Task:
         """The model under `[loss]`, which must have a term."""
         if criterion is None:
             raise ConfigError(
@@ -210,8 +212,11 @@ class TimmAdapter:
 
     def _image_transform(self, training: bool) -> Any:
         if training not in self._transforms:
+            # No colour jitter, timm's default: in measured data, brightness is what was measured.
             self._transforms[training] = create_transform(
-                **self._data_config, is_training=training and self.options.augment
+                **self._data_config,
+                is_training=training and self.options.augment,
+                color_jitter=0.0,
             )
         return self._transforms[training]
 

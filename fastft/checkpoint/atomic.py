@@ -40,6 +40,7 @@ def written_whole(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove(temporary)
             yield temporary
+            _open_to_others(temporary)
             _sync(temporary)
             _put_in_place(temporary, target)
     except BaseException:
@@ -97,6 +98,14 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         raise
     _sync_one(target.parent)
     remove(aside)
+
+
+def _open_to_others(path: Path) -> None:
+    """Gives the permissions of the user's umask: safetensors lets only the owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (path, *path.rglob("*")):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""New heads: modules that the checkpoint must not fill, and the values they start from."""
+"""New heads: modules, or single parameters, that the checkpoint must not fill, and their start."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ def start_heads(
     # A head inside another one has the last word.
     for head, settings in sorted(new_heads.items(), key=lambda item: item[0].count(".")):
         if settings.init == "zero":
-            last = _last_layer(head, modules[head])
+            last = _last_layer(head, modules[head]) if head in modules else [head]
             values |= {name: torch.zeros(()).expand(target[name].shape) for name in last}
         elif settings.init == "inherit":
             parts = [name for name in target if is_under(name, [head])]
@@ -66,8 +66,9 @@ def start_heads(
 
 
 def is_under(name: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor belongs to one of the named modules."""
-    return name.startswith(tuple(f"{module}." for module in modules))
+    """Whether a tensor belongs to one of the named modules, or is itself named."""
+    modules = tuple(modules)
+    return name in modules or name.startswith(tuple(f"{module}." for module in modules))
 
 
 def _check_names(
@@ -81,8 +82,8 @@ def _check_names(
         where = f"finetune.new_heads.{head}"
         inside = [name for name in target if is_under(name, [head])]
         tied = [f"{n} is {outside[id(target[n])]}" for n in inside if id(target[n]) in outside]
-        if head not in modules:
-            guess = nearest(head, modules)
+        if head not in modules and head not in target:
+            guess = nearest(head, [*modules, *target])
             problems.append(f"{where}: must name a module of the model; got none{guess}")
         elif not inside:
             problems.append(f"{where}: must have parameters; got none; name a module around it")
@@ -121,22 +122,23 @@ def _inherited(
     source: Mapping[str, Tensor],
 ) -> dict[str, str]:
     """The head's tensor names and those of the checkpoint's module that fill them."""
-    shapes = {name.removeprefix(f"{head}."): tuple(target[name].shape) for name in names}
+    # By what follows the head's name: '.weight', or nothing for a single parameter.
+    shapes = {name.removeprefix(head): tuple(target[name].shape) for name in names}
 
     def misfits(candidate: str) -> list[str]:
         wrong = []
         for name, shape in shapes.items():
-            found = source.get(f"{candidate}.{name}")
+            found = source.get(f"{candidate}{name}")
             if found is None or tuple(found.shape) != shape:
                 there = "nothing" if found is None else list(found.shape)
-                wrong.append(f"{there} for {name} {list(shape)}")
+                wrong.append(f"{there} for {head}{name} {list(shape)}")
         return wrong
 
     wrong = misfits(module)
     if not wrong:
-        return {f"{head}.{name}": f"{module}.{name}" for name in shapes}
+        return {f"{head}{name}": f"{module}{name}" for name in shapes}
     some = next(iter(shapes))
-    alike = [name.removesuffix(f".{some}") for name in source if name.endswith(f".{some}")]
+    alike = [name.removesuffix(some) for name in source if name.endswith(some)]
     fitting = [candidate for candidate in alike if not misfits(candidate)]
     there = any(is_under(name, [module]) for name in source)
     got = f"'{module}' with {first_few(wrong)}" if there else f"no module '{module}'"

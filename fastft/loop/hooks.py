@@ -151,7 +151,7 @@ class EvaluateHook:
         set_train_mode(task.model)
         self.done = done
         self._writer.write(done, {f"validation/{k}": v for k, v in self.values.items()})
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in self.values.items() if "/" not in k)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in self.values.items() if "/class_" not in k)
         self._progress.message(f"step {done}: validation  {shown}")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.checkpoint import latest_checkpoint, load_checkpoint, read_meta
+from fastft.checkpoint import Saved, latest_checkpoint, read_meta
 from fastft.config import RunConfig
-from fastft.errors import CheckpointError, ConfigError
+from fastft.errors import ConfigError
 from fastft.names import load_state_dict, state_dict
 from fastft.optim import Optimizer
 from fastft.runfile import read_run_file, to_tree
@@ -45,19 +45,13 @@ class TrainingState:
             "rng": rng_state(self.device),
         }
 
-    def restore(self, checkpoint: Path) -> int:
+    def restore(self, saved: Saved) -> int:
         """Continues from a checkpoint of the same run; returns the number of finished steps.
 
         Raises:
-            CheckpointError: it is damaged, or holds another model or other trained parameters.
+            CheckpointError: it holds another model or other trained parameters.
         """
-        saved = load_checkpoint(checkpoint)
-        try:
-            load_state_dict(self.task.model, saved.model)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{checkpoint}: must hold this run's model; {str(error).splitlines()[0]}"
-            ) from error
+        load_state_dict(self.task.model, saved.model, where="checkpoint")
         self.optimizer.load_state_dict(saved.training["optimizer"])
         self.step.guard.load_state_dict(saved.training["guard"])
         if self.ema is not None and saved.ema is not None:

@@ -522,10 +522,10 @@ CHECKPOINT = [
         before=weights(),
     ),
     case(
-        "new heads without a checkpoint",
-        "train run.toml finetune.new_heads.head={}",
-        "finetune.new_heads: needs a checkpoint whose heads they replace; model.checkpoint is not"
-        " set; set it or drop new_heads",
+        "new heads that need a checkpoint",
+        "train run.toml finetune.new_heads.head={init='zero'}",
+        "finetune.new_heads: without model.checkpoint every head is new and 'random'; got another"
+        " init; set model.checkpoint",
     ),
 ]
 

@@ -78,7 +78,7 @@ def test_stop_is_a_latch_after_n_bad_steps_in_a_row() -> None:
 
 def test_the_loss_scale_moves_as_torchs_grad_scaler_does() -> None:
     guard = make_guard(scaled=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.GradScaler("cpu", init_scale=2.0**16)
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     scaler.scale(torch.ones(()))

@@ -70,7 +70,9 @@ def test_layer_decay_counts_from_the_output() -> None:
 
 def test_what_stands_between_blocks_belongs_to_the_block_before() -> None:
     task = make_task()
-    middle = dataclasses.replace(task, blocks=(Block("stem", task.model.stem), task.blocks[1]))
+    middle = dataclasses.replace(
+        task, blocks=(Block("stem", task.model.get_submodule("stem")), task.blocks[1])
+    )
     layers = layers_from_blocks(middle)
     assert layers["stem.weight"] == 1
     assert layers["blocks.0.weight"] == 1

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fastft.config import CrossEntropy, Huber, NewHead, RunConfig
+from fastft.config import CrossEntropy, Huber, NewHead
 from fastft.errors import ConfigError
 from fastft.runfile import format_run_file, parse, read_run_file, schema, to_tree
 
@@ -63,7 +63,7 @@ def test_defaults_fill_what_a_run_file_leaves_out(smallest: Path) -> None:
         ("optim.betas=[0.8, 0.9]", "optim.betas", (0.8, 0.9)),
         ("data.train.0.path=b.npz", "data.train", "b.npz"),
         ("ema.decay=0.99", "ema.decay", 0.99),
-        ("finetune.new_heads.head={init='zero'}", "finetune.new_heads", {"head": NewHead(init="zero")}),
+        ("finetune.new_heads.a={init='zero'}", "finetune.new_heads", {"a": NewHead(init="zero")}),
         ("model.options.name=resnet18", "model.options", {"name": "resnet18"}),
         ("model.options.since=2020-01-31", "model.options", {"since": "2020-01-31"}),
     ],
@@ -100,12 +100,12 @@ def test_a_loss_is_picked_by_its_name(smallest: Path) -> None:
         ("optim.lr=nan", "optim.lr: must be greater than 0; got NaN"),
         ("ema={}", "ema.decay: must be set; got nothing; add it"),
         ("loss.terms=[{weight=1}]", "loss.terms.0: needs a name; ...; set its 'name'"),
-        ("loss.terms=[{name='huber',delta=0}]", "loss.terms.0.delta: must be greater than 0; got 0"),
+        ("loss.terms=[{name='mae',weight='a'}]", 'loss.terms.0.weight: must be a number; got "a"'),
         ("finetune.new_heads.head.init=ones", "finetune.new_heads.head.init: must be a known value;"
          " got 'ones'; choose from 'random', 'zero', 'inherit'"),
         ("optim.groups=[{match='head.*'}]", 'optim.groups.0.match: must be an array; got "head.*"'),
-        ("optim.groups=[{match=[]}]", "optim.groups.0.match: must hold at least one entry; got none;"
-         " add one"),
+        ("optim.groups=[{match=[]}]", "optim.groups.0.match: must hold at least one entry; got"
+         " none; add one"),
         ("data.train=[{paht='a'}]", "data.train.0.paht: unknown key; did you mean 'path'?"),
     ],
 )  # fmt: skip
@@ -165,5 +165,3 @@ def test_every_setting_is_described() -> None:
         if "description" not in setting and "$ref" not in setting and "const" not in setting
     ]
     assert undescribed == ["Penalty.kind"]
-
-

@@ -79,12 +79,14 @@ def test_the_penalty_is_in_the_loss_and_its_gradient_in_the_update() -> None:
         batches = [make_batch(seed=i) for i in range(micro_batches)]
         without = make_step(plain)(0, batches)
         penalty = make_penalty(config, punished.model)
-        before = punished.model[0].weight.detach().clone()
+        before = punished.model.get_parameter("0.weight").detach().clone()
         result = make_step(punished, penalty=penalty)(0, batches)
         torch.testing.assert_close(result.loss - without.loss, 0.5 * before.square().sum())
         torch.testing.assert_close(result.parts["penalty"], 0.5 * before.square().sum())
         # The gradient of 0.5 w^2 is w, and SGD takes lr = 0.05 of it.
-        difference = plain.model[0].weight - punished.model[0].weight
+        difference = plain.model.get_parameter("0.weight") - punished.model.get_parameter(
+            "0.weight"
+        )
         torch.testing.assert_close(difference, 0.05 * before, rtol=1e-3, atol=1e-6)
 
 
@@ -130,9 +132,10 @@ def test_autocast_is_inside_what_is_compiled() -> None:
     """A compiled block computes in bf16 though nothing around it does."""
     task = make_task()
     dtypes = []
-    task.model[1].down.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+    block = task.model.get_submodule("1")
+    block.get_submodule("down").register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
     compile_task(task, "blocks", make_precision("bf16", CPU))
-    task.model[1](torch.randn(2, 4))
+    block(torch.randn(2, 4))
     assert dtypes == [torch.bfloat16]
 
 

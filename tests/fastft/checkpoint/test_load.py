@@ -252,6 +252,23 @@ def test_inherited_head():
         assert not report.unexpected
 
 
+def test_a_single_parameter_may_be_new():
+    start, state = Net(), pretrained()
+    state["token"] = torch.full((8, 4), 3.0)
+    random = start.get_parameter("stem.weight").clone()
+    for head, expected in (
+        (NewHead(), random),
+        (NewHead(init="zero"), torch.zeros(8, 4)),
+        (NewHead(init="inherit", source="token"), state["token"]),
+    ):
+        model = Net()
+        model.load_state_dict(start.state_dict())
+        given = {k: v for k, v in state.items() if k != "token" or head.init == "inherit"}
+        load(model, given, heads={"stem.weight": head})
+        assert torch.equal(model.get_parameter("stem.weight"), expected)
+        assert torch.equal(model.get_parameter("stem.bias"), state["stem.bias"])
+
+
 def test_inherited_head_that_is_absent_or_has_other_shapes():
     model, state = Net(), pretrained()
     donors = {
@@ -260,14 +277,13 @@ def test_inherited_head_that_is_absent_or_has_other_shapes():
     state |= donors | {"wide.2.weight": torch.ones(9, 8)}
     with pytest.raises(CheckpointError, match=r"no module 'winds'; name one that fits: .*wind"):
         load(model, state, heads={"head": NewHead(init="inherit", source="winds")})
-    with pytest.raises(CheckpointError, match=re.escape("[9, 8] for 2.weight [3, 8]")):
+    with pytest.raises(CheckpointError, match=re.escape("[9, 8] for head.2.weight [3, 8]")):
         load(model, state, heads={"head": NewHead(init="inherit", source="wide")})
 
 
 BAD_HEADS = {
     "misspelt": ({"haed": NewHead()}, r"finetune\.new_heads\.haed: .*did you mean 'head'\?"),
     "unknown": ({"zzz": NewHead()}, "choose from 'stem', 'norm', 'head'"),
-    "a parameter": ({"stem.weight": NewHead()}, "must name a module"),
     "without parameters": ({"head.1": NewHead()}, "must have parameters"),
     "no source": ({"head": NewHead(init="inherit")}, "head.source: must name a module"),
     "several": ({"haed": NewHead(), "head.1": NewHead()}, "(?s)haed.*must have parameters"),

@@ -30,7 +30,9 @@ class FakeAdapter:
     open: Callable[[DataSource], Dataset] | None = None
     checks: Sequence[DataCheck] = field(default=())
 
-    def build(self, criterion: Criterion | None, *, device: torch.device) -> Task:
+    def build(
+        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+    ) -> Task:
         return Task(nn.Identity(), loss=lambda model, batch: model(batch))
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

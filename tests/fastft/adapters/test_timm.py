@@ -1,0 +1,201 @@
+"""timm's families through the command line, image folders, and what the adapter refuses."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from fastft.adapters.timm import TimmAdapter, TimmOptions
+from fastft.config import OptimConfig
+from fastft.errors import AdapterError, ConfigError, DataError
+from fastft.optim import make_groups
+from fastft.task import Loss
+
+# Name, input size, class of the repeated blocks, how many, and the last layer for layer-wise decay.
+FAMILIES = [
+    ("mobilenetv3_small_100", 32, "InvertedResidual", 10, 13),
+    ("resnet18", 32, "BasicBlock", 8, 9),
+    ("vit_tiny_patch16_224", 32, "Block", 12, 13),
+    ("swin_tiny_patch4_window7_224", 32, "SwinTransformerBlock", 12, 13),
+    ("convnext_atto", 32, "ConvNeXtBlock", 12, 13),
+    ("efficientnet_b0", 32, "InvertedResidual", 15, 17),
+    ("vit_small_patch14_dinov2", 28, "Block", 12, 13),
+    ("mobilenetv4_conv_small", 32, None, None, 18),
+]
+
+CPU = torch.device("cpu")
+
+# A vision transformer of four thousand parameters.
+SMALL = {
+    "name": "vit_tiny_patch16_224",
+    "num_classes": 2,
+    "img_size": 16,
+    "arguments": {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2},
+}
+
+
+def make_adapter(**options: Any) -> TimmAdapter:
+    return TimmAdapter(TimmOptions(**{"num_classes": 3, **options}))
+
+
+def build(adapter: TimmAdapter) -> Any:
+    return adapter.build(
+        lambda predictions, fields: Loss(predictions.mean()), device=CPU, checkpoint=None
+    )
+
+
+def timm_overrides(**options: Any) -> list[str]:
+    arguments = options.pop("arguments", {})
+    return [
+        "model.adapter=timm",
+        "model.options={}",
+        *(f"model.options.{name}={json.dumps(value)}" for name, value in options.items()),
+        *(f"model.options.arguments.{name}={value}" for name, value in arguments.items()),
+    ]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("name", "size", "block", "count", "last"), FAMILIES, ids=lambda value: str(value)
+)
+def test_family(
+    name: str,
+    size: int,
+    block: str | None,
+    count: int | None,
+    last: int,
+    fastft: Callable[..., Any],
+) -> None:
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(6, 3, size, size)).astype(np.float32)
+    np.savez("images.npz", inputs=inputs, targets=np.arange(6) % 3)
+    command = [
+        "train",
+        "run.toml",
+        *timm_overrides(name=name, num_classes=3, img_size=size),
+        "data.train.0.path=images.npz",
+        "data.validation=[]",
+        "data.batch_size=2",
+        "log.every_steps=1",
+        # Keeps the least state: the checkpoint is written too.
+        "optim.name=sgd",
+        "optim.lr=0.01",
+        "optim.layer_decay=0.5",
+    ]
+
+    dry = fastft(*command, "--dry-run")
+    assert (dry.code, dry.errors) == (0, "")
+    assert "layer 0" in dry.output
+    assert f"layer {last}" in dry.output
+    assert not Path("run").exists()
+
+    outcome = fastft(*command)
+    assert (outcome.code, outcome.errors) == (0, "")
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(math.isfinite(record["train/loss"]) for record in records)
+    # Some families write a hundred megabytes.
+    shutil.rmtree("run")
+
+    task = build(make_adapter(name=name, img_size=size))
+    modules = [found.module for found in task.blocks]
+    assert len({type(module) for module in modules}) == 1
+    if block is not None:
+        assert (type(modules[0]).__name__, len(modules)) == (block, count)
+    groups = make_groups(task, OptimConfig(lr=1.0, layer_decay=0.5), {})
+    rates = {n: group.lr for group in groups for n in group.parameters}
+    assert rates[f"{task.heads[0]}.weight"] == 1.0
+    assert min(rates.values()) == 0.5**last
+
+
+def write_images(folder: Path, count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for shade, kind in ((40, "dark"), (200, "light")):
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(random.normal(shade, 20, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{number}.png")
+
+
+@pytest.mark.usefixtures("project")
+def test_folders_of_images_train(fastft: Callable[..., Any]) -> None:
+    write_images(Path("pictures/train"), 8, 0)
+    write_images(Path("pictures/validation"), 4, 1)
+    outcome = fastft(
+        "train",
+        "run.toml",
+        *timm_overrides(**SMALL),
+        "data.train.0.path=pictures/train",
+        "data.validation.0.path=pictures/validation",
+        "run.steps=30",
+        "optim.lr=0.02",
+        "evaluate.metrics=[{name='accuracy'}]",
+    )
+    assert (outcome.code, outcome.errors) == (0, "")
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["validation/accuracy"] == 1.0
+
+
+def test_images_get_the_models_size_and_normalisation() -> None:
+    adapter = make_adapter(**SMALL)
+    build(adapter)
+    grey = np.full((20, 24, 3), 128, np.uint8)
+    for split in ("train", "validation"):
+        image = adapter.transform({"inputs": grey, "targets": 1}, split)["inputs"]
+        # This family assumes mean and deviation 0.5.
+        assert image.shape == (3, 16, 16)
+        assert image.unique().tolist() == pytest.approx([(128 / 255 - 0.5) / 0.5], rel=1e-4)
+
+
+def test_arrays_are_normalised_and_resized() -> None:
+    adapter = make_adapter(**{**SMALL, "in_chans": 1, "mean": (2.0,), "std": (4.0,)})
+    task = build(adapter)
+    for shape in ((8, 8), (1, 8, 8)):
+        image = adapter.transform({"inputs": np.full(shape, 10.0)}, "train")["inputs"]
+        assert image.shape == (1, 16, 16)
+        assert image.unique().tolist() == [2.0]
+    assert (task.fields["inputs"].mean, task.fields["inputs"].std) == (0.0, 1.0)
+    assert task.fields["targets"].classes == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (4, 16, 16), (16,), (2, 3, 16, 16)], ids=str)
+def test_wrong_channels(shape: tuple[int, ...]) -> None:
+    adapter = make_adapter(**SMALL)
+    build(adapter)
+    with pytest.raises(DataError, match=r"inputs: must be \[3, height, width\]"):
+        adapter.transform({"inputs": np.zeros(shape, np.float32)}, "train")
+
+
+def test_images_for_a_model_of_other_channels() -> None:
+    adapter = make_adapter(**{**SMALL, "in_chans": 1})
+    build(adapter)
+    with pytest.raises(DataError, match=r"images have 3 channels; got .*in_chans = 1"):
+        adapter.transform({"inputs": np.zeros((16, 16, 3), np.uint8)}, "train")
+
+
+def test_what_build_refuses() -> None:
+    with pytest.raises(ConfigError, match="needs a loss; got none"):
+        make_adapter(**SMALL).build(None, device=CPU, checkpoint=None)
+    with pytest.raises(AdapterError, match="did you mean 'resnet18'"):
+        build(make_adapter(name="resnet81"))
+    with pytest.raises(AdapterError, match=r"ResNet.* unexpected keyword argument 'depth'"):
+        build(make_adapter(name="resnet18", arguments={"depth": 3}, img_size=32))
+    with pytest.raises(ConfigError, match="one value for each of the 3 channels; got 1"):
+        build(make_adapter(name="resnet18", mean=(0.5,)))
+
+
+def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: Any, **keywords: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(AdapterError, match="no route to host; connect to the network"):
+        build(make_adapter(name="resnet18", pretrained=True))
