@@ -13,7 +13,7 @@ from fastft.data import SourceLoader, check_data, describe_findings, open_evalua
 from fastft.errors import ConfigError
 from fastft.finetune import apply_method
 from fastft.losses import make_criterion
-from fastft.task import Adapter, Split, Task
+from fastft.task import Adapter, FieldSpec, Split, Task
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def check_run_data(
         DataError: listing every finding that is an error.
     """
     sources = [source for loader in loaders if loader for source in loader.sources]
-    findings = check_data(
-        sources, assembled.adapter.checks, assembled.task.fields, config.data.checks
-    )
+    targets = {term.target: FieldSpec() for term in config.loss.terms}
+    fields = {**targets, **assembled.task.fields}
+    findings = check_data(sources, assembled.adapter.checks, fields, config.data.checks)
     if findings:
         console.print(describe_findings(findings))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_strict = ConfigDict(extra="forbid", strict=True)
+_strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -335,6 +335,11 @@ class OptimConfig:
     ] = None
     groups: Annotated[tuple[ParameterRule, ...], describe("Rules, first match wins.")] = ()
     schedule: Annotated[ScheduleConfig, describe("Learning-rate schedule.")] = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        """Refuses settings that exclude each other."""
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; got 0; set it or drop nesterov")
 
 
 @dataclass(frozen=True, kw_only=True, config=_strict)

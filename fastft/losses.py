@@ -7,12 +7,11 @@ read the size of its result. Where no label counts, a term is 0 and so are its g
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from fastft.config import (
@@ -102,7 +101,7 @@ def make_penalty(config: LossConfig, model: nn.Module) -> Callable[[], Tensor] |
                 if parameter.requires_grad:
                     total = total + penalty.weight * size(parameter.float()).sum()
         # Sharded parameters (FSDP2) give the sum of all ranks, as a DTensor.
-        return total.full_tensor() if isinstance(total, DTensor) else total
+        return cast(Any, total).full_tensor() if hasattr(total, "full_tensor") else total
 
     return penalty_sum
 
@@ -161,6 +160,7 @@ def _classify(
         )
     keep = labels != ignore_index
     labels = torch.where(keep, labels, 0)
+    _refuse_strange_labels(labels, classes, where)
     factor = keep.float() if weights is None else weights[labels] * keep
     log_p = logits.log_softmax(1)
     log_p_label = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -176,6 +176,19 @@ def _classify(
         spread = (-log_p.mean(1) * keep).sum()
         total = (1 - smoothing) * total + smoothing * spread
     return total / _positive(factor.sum())
+
+
+def _refuse_strange_labels(labels: Tensor, classes: int, where: str) -> None:
+    """On a CPU, where looking costs nothing: a GPU would have to be waited for, and what is traced
+    (subclasses of Tensor) has no values."""
+    if labels.is_cuda or type(labels) is not Tensor or torch.compiler.is_compiling():
+        return
+    low, high = labels.aminmax() if labels.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{where}: labels must be from 0 to {classes - 1} or the ignore_index; got {int(low)}"
+            f" to {int(high)}; correct the labels or the number of classes"
+        )
 
 
 def _focal(logits: Tensor, labels: Tensor, *, where: str, **settings: Any) -> Tensor:

@@ -100,7 +100,8 @@ def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     after = step - config.warmup_steps
-    progress = min(1.0, after / max(1, total - 1 - config.warmup_steps))
+    # Over the total, not the last step's number: a last step at rate 0 would be wasted.
+    progress = min(1.0, after / max(1, total - config.warmup_steps))
     match config.name:
         case "constant":
             return 1.0

@@ -131,6 +131,9 @@ def _message(kind: type, error: ErrorDetails, key: str) -> str:
     got = json.dumps(error["input"], default=str)
     got = got if len(got) <= 60 else got[:57] + "..."
     match error["type"]:
+        case "value_error":
+            # Of a dataclass as a whole, in our own words.
+            return f"{at}: {error['msg'].removeprefix('Value error, ')}"
         case "unexpected_keyword_argument":
             return f"{at}: unknown key{nearest(path[-1], sorted(names))}"
         case "too_short":

@@ -53,6 +53,7 @@ def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
         ConfigError: the device is not there, or the folder cannot be written.
     """
     device = find_device(section.device)
+    existed = section.folder.exists()
     if write:
         make_folder(section.folder)
     seed_everything(section.seed)
@@ -60,8 +61,14 @@ def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
         # cuBLAS is deterministic only with a fixed workspace, read when its handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with Signals() as signals:
-        yield Run(section.folder, device, section.seed, signals)
+    try:
+        with Signals() as signals:
+            yield Run(section.folder, device, section.seed, signals)
+    finally:
+        if not existed:
+            # A run that failed before it began leaves nothing; rmdir refuses a folder with content.
+            with contextlib.suppress(OSError):
+                section.folder.rmdir()
 
 
 def find_device(name: str) -> torch.device:

@@ -283,18 +283,23 @@ def repeated_blocks(model: nn.Module) -> tuple[Block, ...]:
     """The repeated modules that hold most of a model's parameters, in definition order.
 
     Of the module classes that occur at least twice and hold nearly as many parameters as any such
-    class does, the one that occurs most often: a stage's blocks rather than the stages.
+    class does, the one that occurs most often: a stage's blocks rather than the stages. Classes
+    with a single weight matrix each, such as a convolution with its norm, come last.
     """
     counts: dict[type, int] = {}
     sizes: dict[type, int] = {}
+    matrices: dict[type, int] = {}
     for module in model.modules():
         if module is model or not next(iter(module.children()), None):
             continue
         kind = type(module)
         counts[kind] = counts.get(kind, 0) + 1
         sizes[kind] = sizes.get(kind, 0) + sum(p.numel() for p in module.parameters())
+        several = sum(p.ndim > 1 for p in module.parameters())
+        matrices[kind] = max(matrices.get(kind, 0), several)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     kinds = [k for k, n in counts.items() if n >= 2 and not issubclass(k, containers)]
+    kinds = [kind for kind in kinds if matrices[kind] > 1] or kinds
     if not kinds:
         return ()
     largest = max(sizes[kind] for kind in kinds)

@@ -18,6 +18,7 @@ from fastft.loop import (
     SaveHook,
     TrainingState,
     UnfreezeHook,
+    check_monitor,
     find_resumed,
     run_loop,
 )
@@ -27,7 +28,7 @@ from fastft.names import load_state_dict
 from fastft.optim import Optimizer, group_table, make_groups
 from fastft.runtime import open_run, write_record
 from fastft.step import Ema, TrainingStep, compile_task, make_precision
-from fastft.task import Loader
+from fastft.task import Loader, Metric
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         staged = staged_names(task.model, config.finetune)
         groups = make_groups(task, config.optim, staged)
         console.print(group_table(groups, task))
-        if dry_run:
-            return None
         optimizer = Optimizer(groups, config.optim, config.run.steps)
         penalty = make_penalty(config.loss, task.model)
         step = TrainingStep(task, optimizer, penalty, config.gradients, precision)
+        metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
+        check_monitor(config, metrics)
+        if dry_run:
+            return None
         ema = Ema(task.model, config.ema.decay) if config.ema else None
         state = TrainingState(task, optimizer, step, ema, run.device)
         first = state.restore(saved) if saved else 0
@@ -88,7 +91,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, config.run.steps) as progress,
         ):
-            evaluation = _evaluation(config, state, validation, writer, progress)
+            evaluation = _evaluation(config, state, validation, metrics, writer, progress)
             saving = SaveHook(state, config, evaluation)
             log = LogHook(step, optimizer, writer, progress, config, loader.samples)
             unfreezing = UnfreezeHook(task.model, staged, progress)
@@ -114,12 +117,12 @@ def _evaluation(
     config: RunConfig,
     state: TrainingState,
     validation: Loader | None,
+    metrics: Mapping[str, Metric],
     writer: MetricWriter,
     progress: Progress,
 ) -> EvaluateHook | None:
     if validation is None:
         return None
-    metrics = {**state.task.metrics, **make_metrics(config.evaluate.metrics, state.device)}
     return EvaluateHook(
         state,
         validation,

@@ -61,7 +61,10 @@ def _file_rows(weights: Weights) -> list[tuple[str, str]]:
     if (folder / META).exists():
         meta = read_meta(folder)
         rows.append(("step", str(meta["step"])))
-        rows += [(f"metric {name}", f"{value}") for name, value in meta["metrics"].items()]
+        rows += [
+            (f"metric {name}", f"{value:.6g}" if value is not None else "not finite")
+            for name, value in meta["metrics"].items()
+        ]
         rows += [(f"version of {name}", version) for name, version in meta["versions"].items()]
     return rows
 

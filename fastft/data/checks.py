@@ -7,7 +7,6 @@ those in `CORE_CHECKS`, and those of the adapter's check functions with dashes.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from fastft.config import ChecksConfig
@@ -77,14 +76,15 @@ def run_checks(
     return sorted(kept, key=lambda finding: finding.severity)
 
 
-def describe_findings(findings: Iterable[Finding]) -> Table:
-    """The findings as a table to print."""
-    table = Table("", "check", "where", "what", "example", "what to do", title="Data checks")
+def describe_findings(findings: Iterable[Finding]) -> Text:
+    """The findings, two lines each, to print."""
     styles = {"error": "bold red", "warning": "yellow"}
-    for f in findings:
-        row = (f.severity, f.check, f.where, f.what, f.example, f.advice)
-        table.add_row(*map(Text, row), style=styles[f.severity])
-    return table
+    text = Text()
+    for finding in findings:
+        text.append(f"{finding.severity} ({finding.check})", styles[finding.severity])
+        text.append(f" {finding.where}: {finding.what}, as {finding.example}\n  {finding.advice}\n")
+    text.rstrip()
+    return text
 
 
 def _check_name(check: DataCheck) -> str:

@@ -1,6 +1,6 @@
 """`for step in ...`, and the hooks that are due."""
 
-from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook
+from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook, check_monitor
 from fastft.loop.progress import Progress
 from fastft.loop.scoring import score
 from fastft.loop.state import TrainingState, find_resumed
@@ -14,6 +14,7 @@ __all__ = [
     "SaveHook",
     "TrainingState",
     "UnfreezeHook",
+    "check_monitor",
     "find_resumed",
     "run_loop",
     "score",

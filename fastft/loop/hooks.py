@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastft.checkpoint import best_checkpoint, read_meta, save_checkpoint
 from fastft.config import RunConfig
-from fastft.errors import TrainingStopped
+from fastft.errors import ConfigError, TrainingStopped, nearest
 from fastft.finetune import set_train_mode, unfreeze
 from fastft.loop.progress import Progress, peak_memory_gib
 from fastft.loop.scoring import score
@@ -24,6 +24,21 @@ from fastft.task import Loader, Metric
 def is_due(done: int, every: int | None, total: int) -> bool:
     """Whether something that happens every N steps, and at the end, is due after `done` steps."""
     return done == total or (every is not None and done % every == 0)
+
+
+def check_monitor(config: RunConfig, metrics: Mapping[str, Metric]) -> None:
+    """Refuses a `checkpoint.monitor` that no evaluation will report.
+
+    Raises:
+        ConfigError: it is neither 'loss' nor one of the metrics, or a class of one.
+    """
+    known = ["loss", *metrics]
+    monitor = config.checkpoint.monitor
+    if not any(monitor == name or monitor.startswith(f"{name}/") for name in known):
+        raise ConfigError(
+            f"checkpoint.monitor: must be a value that evaluation reports; got '{monitor}'"
+            f"{nearest(monitor, known)}"
+        )
 
 
 class LogHook:
@@ -44,7 +59,7 @@ class LogHook:
     ) -> None:
         self._step, self._optimizer = step, optimizer
         self._writer, self._progress = writer, progress
-        # Before an evaluation or a save too, so that their waits are not taken for the steps'.
+        # Before an evaluation or a save too: the steps' work is then waited for here, not there.
         self._periods = [
             config.log.every_steps,
             config.evaluate.every_steps,
@@ -54,8 +69,7 @@ class LogHook:
         self._samples_per_pass = samples_per_pass
         self._losses: list[Tensor] = []
         self._samples = 0
-        self._began = time.perf_counter()
-        self._hook_seconds = progress.hook_seconds
+        self._counted_seconds = 0.0
         self._nonfinite = 0.0
 
     def __call__(self, done: int, result: StepResult, samples: int) -> None:
@@ -68,6 +82,7 @@ class LogHook:
     def _log(self, done: int, result: StepResult, samples: int) -> None:
         guard = self._step.guard
         norms = self._step.summary(result.verdict.tensor_norms)
+        began = time.perf_counter()
         values = _read(
             {
                 "train/loss": torch.stack(self._losses).mean(),
@@ -78,8 +93,10 @@ class LogHook:
                 "step/loss_scale": guard.scale,
             }
         )
-        hooks = self._progress.hook_seconds
-        seconds = time.perf_counter() - self._began - (hooks - self._hook_seconds)
+        # What the host waited for here is work of the steps as well.
+        waited = time.perf_counter() - began
+        seconds = self._progress.step_seconds - self._counted_seconds + waited
+        self._counted_seconds = self._progress.step_seconds
         values["speed/samples_per_second"] = self._samples / max(seconds, 1e-9)
         values["memory/peak_gib"] = peak_memory_gib(result.loss.device)
         values["train/passes"] = done * samples / self._samples_per_pass
@@ -89,7 +106,6 @@ class LogHook:
         self._progress.report(done, values)
         self._warn(done, values)
         self._losses, self._samples = [], 0
-        self._began, self._hook_seconds = time.perf_counter(), hooks
 
     def _warn(self, done: int, values: Mapping[str, float]) -> None:
         new = values["gradients/nonfinite"] - self._nonfinite

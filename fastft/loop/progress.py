@@ -12,8 +12,8 @@ from rich.progress import Progress as Bar
 
 _SHOWN = {
     "train/loss": "loss {:.4g}",
-    "gradients/norm": "grad norm {:.3g}",
-    "speed/samples_per_second": "{:.4g} samples/s",
+    "gradients/norm": "grad {:.3g}",
+    "speed/samples_per_second": "{:,.0f} samples/s",
     "memory/peak_gib": "{:.2f} GiB",
 }
 
@@ -27,20 +27,19 @@ class Progress:
         total: steps in all.
 
     Attributes:
-        hook_seconds: time spent in hooks, which is none of training's.
+        step_seconds: time the host spent in steps, hooks left out.
     """
 
     def __init__(self, console: Console, first: int, total: int) -> None:
         self.console = console
-        self.hook_seconds = 0.0
+        self.step_seconds = 0.0
         self._total = total
         self._first = first
         self._began = time.perf_counter()
         self._bar = Bar(
-            TextColumn("step"),
+            # Narrow, so that the values fit beside it on 80 columns.
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("eta"),
+            BarColumn(bar_width=10),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=console,
@@ -61,7 +60,7 @@ class Progress:
 
     def report(self, done: int, values: Mapping[str, float]) -> None:
         """Shows the values of a log point."""
-        shown = [text.format(values[name]) for name, text in _SHOWN.items() if name in values]
+        shown = [text.format(values[name]) for name, text in _SHOWN.items()]
         if self.console.is_terminal:
             self._bar.update(self._task, values="  ".join(shown))
         else:

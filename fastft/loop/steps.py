@@ -44,17 +44,17 @@ def run_loop(
         TrainingInterrupted: a signal came; the step it came in is finished and saved.
     """
     for index in steps:
+        began = time.perf_counter()
         micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
         result = step(index, micro_batches)
         if ema is not None:
             ema.update(index)
         done = index + 1
         samples = sum(batch.size for batch in micro_batches)
+        progress.step_seconds += time.perf_counter() - began
         progress.advance(done)
         for hook in hooks:
-            began = time.perf_counter()
             hook(done, result, samples)
-            progress.hook_seconds += time.perf_counter() - began
         if run.signals.received is not None and done < steps.stop:
             saving.save_now(done)
             raise TrainingInterrupted(

@@ -4,12 +4,13 @@ Class scores make the host wait for the device at each update. All ranks must ca
 together: it adds what they counted.
 """
 
+import importlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torchmetrics
 from torch import Tensor
 
 from fastft.config import MetricConfig
@@ -17,18 +18,22 @@ from fastft.errors import ConfigError, DataError
 from fastft.operands import misfit, pick_operands, same_shape, unique_names, without_axis
 from fastft.task import Batch, Metric
 
+if TYPE_CHECKING:
+    import torchmetrics
+
+# torchmetrics is imported where it is used: that takes seconds, which every command would wait.
 _MEAN_ERRORS = {
-    "mae": torchmetrics.MeanAbsoluteError,
-    "rmse": lambda: torchmetrics.MeanSquaredError(squared=False),
+    "mae": ("MeanAbsoluteError", {}),
+    "rmse": ("MeanSquaredError", {"squared": False}),
 }
-_CLASS_SCORES: Mapping[str, Any] = {
-    "accuracy": torchmetrics.Accuracy,
-    "f1": torchmetrics.F1Score,
-    "precision": torchmetrics.Precision,
-    "recall": torchmetrics.Recall,
-    "iou": torchmetrics.JaccardIndex,
+_CLASS_SCORES = {
+    "accuracy": "Accuracy",
+    "f1": "F1Score",
+    "precision": "Precision",
+    "recall": "Recall",
+    "iou": "JaccardIndex",
     # Over all pixels, Dice is F1.
-    "dice": torchmetrics.F1Score,
+    "dice": "F1Score",
 }
 
 
@@ -56,27 +61,22 @@ def make_metrics(configs: Sequence[MetricConfig], device: torch.device) -> dict[
     return metrics
 
 
-class MeanLoss(torchmetrics.Metric):
+class MeanLoss:
     """Mean of batch losses, weighted by the batches' sizes; NaN before the first update."""
 
-    loss_sum: Tensor
-    size_sum: Tensor
-
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         # fp64: evaluation may add many small terms, and a scalar costs nothing.
-        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("size_sum", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.to(device)
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._size = 0
 
     def update(self, total: Tensor, size: int) -> None:
         """Adds a batch's mean loss `total` (a scalar) over `size` samples."""
-        self.loss_sum += total.detach().double() * size
-        self.size_sum += size
+        self._sum += total.detach().double() * size
+        self._size += size
 
     def compute(self) -> float:
         """The mean; waits for the device."""
-        return (self.loss_sum / self.size_sum).item()
+        return self._sum.item() / self._size if self._size else math.nan
 
 
 class MeanError:
@@ -84,8 +84,10 @@ class MeanError:
 
     def __init__(self, config: MetricConfig, name: str, device: torch.device) -> None:
         self._config, self._name = config, name
+        kind, settings = _MEAN_ERRORS[config.name]
+        metric = getattr(_torchmetrics(), kind)(**settings)
         # fp64: the sums may run over billions of values.
-        self._metric = _MEAN_ERRORS[config.name]().set_dtype(torch.float64).to(device)
+        self._metric = metric.set_dtype(torch.float64).to(device)
 
     def update(self, predictions: Any, batch: Batch, /) -> None:
         """Adds a batch; one size-1 axis, second or last, may be on one side only."""
@@ -120,7 +122,7 @@ class ClassScore:
     def __init__(self, config: MetricConfig, name: str, device: torch.device) -> None:
         self._config, self._name, self._device = config, name, device
         self._case: tuple[str, int] | None = None
-        self._scores = torchmetrics.MetricCollection({})
+        self._scores = _torchmetrics().MetricCollection({})
 
     def update(self, predictions: Any, batch: Batch, /) -> None:
         """Counts a batch.
@@ -168,8 +170,9 @@ class ClassScore:
         """Forgets all batches; task and number of classes stay."""
         self._scores.reset()
 
-    def _make_scores(self, task: str, classes: int) -> torchmetrics.MetricCollection:
-        config, make = self._config, _CLASS_SCORES[self._config.name]
+    def _make_scores(self, task: str, classes: int) -> "torchmetrics.MetricCollection":
+        config, library = self._config, _torchmetrics()
+        make = getattr(library, _CLASS_SCORES[config.name])
         sizes = {"num_classes": classes, "num_labels": classes, "ignore_index": config.ignore_index}
         average = config.average or ("micro" if config.name == "accuracy" else "macro")
         scores = {"average": make(task=task, average=average, **sizes)}
@@ -177,7 +180,7 @@ class ClassScore:
             # torchmetrics has no scores per class for its binary task.
             task = "multiclass" if task == "binary" else task
             scores["each"] = make(task=task, average=None, **sizes)
-        return torchmetrics.MetricCollection(scores).to(self._device)
+        return library.MetricCollection(scores).to(self._device)
 
     def _checked(self, target: Tensor, classes: int, where: str) -> Tensor:
         """Labels as int64. torchmetrics takes fractions and, in 'micro', labels of no class."""
@@ -192,6 +195,10 @@ class ClassScore:
                 f" {classes - 1}; got {count} others; set ignore_index or correct the data"
             )
         return labels
+
+
+def _torchmetrics() -> Any:
+    return importlib.import_module("torchmetrics")
 
 
 @contextmanager

@@ -108,9 +108,9 @@ def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
     ("config", "expected"),
     [
         (ScheduleConfig(name="constant"), {0: 1.0, 99: 1.0}),
-        (ScheduleConfig(name="linear", end_factor=0.1), {0: 1.0, 99: 0.1}),
-        (ScheduleConfig(name="cosine"), {0: 1.0, 99: 0.0}),
-        (ScheduleConfig(name="cosine", warmup_steps=10), {0: 1 / 11, 9: 10 / 11, 10: 1.0, 99: 0.0}),
+        (ScheduleConfig(name="linear", end_factor=0.1), {0: 1.0, 50: 0.55, 100: 0.1}),
+        (ScheduleConfig(name="cosine"), {0: 1.0, 50: 0.5, 100: 0.0, 101: 0.0}),
+        (ScheduleConfig(name="cosine", warmup_steps=10), {0: 1 / 11, 9: 10 / 11, 10: 1.0, 55: 0.5}),
         (ScheduleConfig(name="step", step_size=30, gamma=0.5), {29: 1.0, 30: 0.5, 60: 0.25}),
     ],
 )
@@ -119,11 +119,10 @@ def test_schedules(config: ScheduleConfig, expected: dict[int, float]) -> None:
         assert schedule_factor(config, step, 100) == pytest.approx(factor)
 
 
-def test_half_way_through_a_cosine() -> None:
-    assert schedule_factor(ScheduleConfig(name="cosine"), 50, 101) == pytest.approx(0.5)
-    assert schedule_factor(ScheduleConfig(), 25, 101) == pytest.approx(
-        (1 + math.cos(math.pi / 4)) / 2
-    )
+def test_a_cosine_is_one_and_its_last_step_still_learns() -> None:
+    quarter = schedule_factor(ScheduleConfig(), 25, 100)
+    assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert schedule_factor(ScheduleConfig(), 99, 100) > 0
 
 
 def backward(task: Task, seed: int) -> None:

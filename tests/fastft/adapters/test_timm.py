@@ -28,7 +28,7 @@ FAMILIES = [
     ("convnext_atto", 32, "ConvNeXtBlock", 12, 13),
     ("efficientnet_b0", 32, "InvertedResidual", 15, 17),
     ("vit_small_patch14_dinov2", 28, "Block", 12, 13),
-    ("mobilenetv4_conv_small", 32, None, None, 18),
+    ("mobilenetv4_conv_small", 32, "UniversalInvertedResidual", 12, 18),
 ]
 
 CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ def timm_overrides(**options: Any) -> list[str]:
 def test_family(
     name: str,
     size: int,
-    block: str | None,
-    count: int | None,
+    block: str,
+    count: int,
     last: int,
     fastft: Callable[..., Any],
 ) -> None:
@@ -108,8 +108,7 @@ def test_family(
     task = build(make_adapter(name=name, img_size=size))
     modules = [found.module for found in task.blocks]
     assert len({type(module) for module in modules}) == 1
-    if block is not None:
-        assert (type(modules[0]).__name__, len(modules)) == (block, count)
+    assert (type(modules[0]).__name__, len(modules)) == (block, count)
     groups = make_groups(task, OptimConfig(lr=1.0, layer_decay=0.5), {})
     rates = {n: group.lr for group in groups for n in group.parameters}
     assert rates[f"{task.heads[0]}.weight"] == 1.0

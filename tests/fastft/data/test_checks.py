@@ -308,7 +308,7 @@ def test_statistics_per_channel_need_an_axis(find):
         find(clean_samples(), specs={"inputs": FieldSpec(mean=(0, 1))})
 
 
-def test_findings_print_as_a_table(find):
+def test_findings_print(find):
     samples = clean_samples()
     samples[3]["inputs"] = np.ones((1, 2, 4))
     console = Console(width=200, record=True)
