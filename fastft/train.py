@@ -26,6 +26,7 @@ from fastft.losses import make_penalty
 from fastft.metrics import MetricWriter, make_metrics, open_writer
 from fastft.names import load_state_dict
 from fastft.optim import Optimizer, group_table, make_groups
+from fastft.runfile import format_run_file
 from fastft.runtime import open_run, write_record
 from fastft.step import Ema, TrainingStep, compile_task, make_precision
 from fastft.task import Loader, Metric
@@ -91,6 +92,8 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, config.run.steps) as progress,
         ):
+            if first == 0:
+                writer.text("run file", f"```toml\n{format_run_file(config)}\n```")
             evaluation = _evaluation(config, state, validation, metrics, writer, progress)
             saving = SaveHook(state, config, evaluation)
             log = LogHook(step, optimizer, writer, progress, config, loader.samples)

@@ -4,6 +4,8 @@ Run by `scripts/quickstart`; everything it writes is under `runs/quickstart`. Th
 scikit-learn's `load_digits`: 1,797 real images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, UCI 1998).
 """
 
+import datetime
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from sklearn.datasets import load_digits
 
 from fastft.evaluate import evaluate, export
 from fastft.runfile import read_run_file
+from fastft.runtime import environment, find_device
+from fastft.step import make_precision
 from fastft.train import train
 
 FOLDER = Path("runs/quickstart")
@@ -42,10 +46,12 @@ def write_data(folder: Path) -> None:
 
 def main() -> None:
     console = Console()
+    began = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     write_data(FOLDER / "data")
     pretraining = read_run_file(HERE / "pretrain.toml")
     finetuning = read_run_file(HERE / "finetune.toml")
+    device = find_device(finetuning.run.device)
     probing = read_run_file(
         HERE / "finetune.toml",
         ["finetune.method=probe", f"run.folder={FOLDER / 'probe'}", "optim.groups=[]"],
@@ -86,10 +92,24 @@ def main() -> None:
     for title, accuracy, seconds in rows:
         table.add_row(title, f"{accuracy:.3f}", f"{seconds:.1f}")
     console.print(table)
+    record = {
+        "benchmark": "quickstart",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "precision": make_precision(finetuning.step.precision, device).name,
+        "rows": {title: {"accuracy": a, "seconds": round(s, 2)} for title, a, s in rows},
+        "total_seconds": round(time.perf_counter() - began, 2),
+        "machine": environment(device),
+    }
+    (FOLDER / "result.json").write_text(json.dumps(record) + "\n")
     exported = FOLDER / "finetuned.safetensors"
     export(finetuning, console, exported)
-    console.print(f"TensorBoard logs: tensorboard --logdir {FOLDER}")
-    console.print(f"checkpoint: {finetuning.run.folder / 'checkpoints'}, exported to {exported}")
+    for line in (
+        f"TensorBoard logs: tensorboard --logdir {FOLDER}",
+        f"checkpoint: {finetuning.run.folder / 'checkpoints'}",
+        f"exported: {exported}, for timm.create_model(..., checkpoint_path=...)",
+        f"this table: {FOLDER / 'result.json'}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
