@@ -1,0 +1,286 @@
+"""Mistakes in what a run file names: data, checkpoints, folders, other commands."""
+
+import numpy as np
+from cases import (
+    ONE_BLOCK,
+    PRETRAINED,
+    THREE_CLASSES,
+    TIMM,
+    TRAIN,
+    arrays,
+    case,
+    each,
+    pickle_code,
+    save_with_code,
+    train,
+    truncate,
+    value,
+    weights,
+    write,
+)
+
+DATA = [
+    case(
+        "no data file",
+        "train run.toml data.train.0.path=absent.npz",
+        "absent.npz: must exist; got no such file or folder; correct `path` (relative paths start"
+        " at ...)",
+    ),
+    case(
+        "truncated npz",
+        TRAIN,
+        "train.npz: must be a whole .npz file; got BadZipFile: File is not a zip file; write it"
+        " again with numpy.savez, without object arrays",
+        before=truncate("train.npz"),
+    ),
+    case(
+        "arrays of unequal length",
+        TRAIN,
+        "train.npz: arrays must be equally long along their first axis, one entry per sample; got"
+        " inputs (40, 4), targets (39,); correct or remove the odd ones",
+        before=arrays(targets=np.zeros(39, int)),
+    ),
+    case(
+        "NaN",
+        TRAIN,
+        "train.npz (train): inputs: values must be finite; got 4 NaN or infinite ones, as sample 3:"
+        " nan; mask, fill or remove them (or add 'non-finite' to data.checks.ignore)",
+        before=value("inputs", 3, np.nan),
+    ),
+    case(
+        "labels out of range",
+        TRAIN,
+        "train.npz (train): targets: class indices must be integers from 0 to 2; got 1 other"
+        " values, as sample 3: 7; correct the labels, or the model's number of classes (or add"
+        " 'labels' to data.checks.ignore)",
+        before=each(THREE_CLASSES, value("targets", 3, 7)),
+    ),
+    case(
+        "two errors in the data",
+        "check run.toml",
+        "train.npz (train): inputs: values must be finite; ...",
+        "train.npz (train): targets: class indices must be integers from 0 to 2; ...",
+        before=each(THREE_CLASSES, value("targets", 3, 7), value("inputs", 5, np.inf)),
+    ),
+    case(
+        "validation data that is training data",
+        "train run.toml data.validation.0.path=train.npz",
+        "train.npz (validation): evaluation data must not be in the training data; got 40 of 40"
+        " samples (100.0%) that are, as sample 0 is sample 0 of train.npz (train); split the data"
+        " anew, by place, time or molecule (or add 'leakage' to data.checks.ignore)",
+    ),
+    case(
+        "unknown data check",
+        "train run.toml data.checks.ignore=['leak']",
+        "data.checks.ignore: must name checks; got 'leak'; did you mean 'leakage'?",
+    ),
+    case(
+        "no array of that name",
+        "train run.toml data.train.0.fields={targets='target'}",
+        "train.npz: fields: arrays must be in the file; got 'target'; did you mean 'targets'?",
+    ),
+    case(
+        "no field to compare with",
+        TRAIN,
+        "loss 'cross_entropy': the batch must have the field 'targets'; got none; did you mean"
+        " 'target'?",
+        before=arrays(targets=None, target=np.arange(40) % 3),
+        begun=True,
+    ),
+    case(
+        "batch larger than the data",
+        "train run.toml data.batch_size=64",
+        "data.batch_size: must not exceed the 40 training samples; got 64; lower it or add data",
+    ),
+    case(
+        "data that no adapter reads",
+        "train run.toml data.train.0.path=.",
+        ".: must be an .npz file or an image folder, or model.py must define dataset(source,"
+        " split); neither holds",
+    ),
+    case(
+        "channels that the model does not take",
+        TIMM + '{name="resnet18",num_classes=3,img_size=32} data.validation=[]',
+        "train.npz (train): samples must be readable; got 40 that are not, as train.npz: sample 0:"
+        " inputs: must be [3, height, width], as model.options.in_chans says; got [1, 8, 8]; repair"
+        " or remove them (or add 'unreadable' to data.checks.ignore)",
+        before=arrays(inputs=np.ones((40, 1, 8, 8), np.float32)),
+    ),
+]
+
+CHECKPOINT = [
+    case(
+        "no checkpoint",
+        PRETRAINED,
+        "weights.safetensors: must be a checkpoint; got no such file; check the path",
+    ),
+    case(
+        "text",
+        PRETRAINED,
+        "weights.safetensors: must be a safetensors file or one written by torch.save; got neither"
+        " (it begins with b'no weights here,'); give the file that holds the weights",
+        before=write("weights.safetensors", b"no weights here, but text"),
+    ),
+    case(
+        "truncated safetensors",
+        PRETRAINED,
+        "weights.safetensors: must be a whole safetensors file; got a truncated or damaged one (718"
+        " bytes: Error while deserializing header: incomplete metadata, file not fully covered);"
+        " fetch or save it again",
+        before=each(weights(), truncate("weights.safetensors")),
+    ),
+    case(
+        "torch file with code",
+        "train run.toml model.checkpoint=weights.pt",
+        "weights.pt: must hold tensors and plain data only; got 'posix.mkdir', that is code, which"
+        " was not run; re-save its state_dict as safetensors with the tool that made it",
+        before=save_with_code,
+    ),
+    case(
+        "pickle with code",
+        "train run.toml model.checkpoint=weights.pt",
+        "weights.pt: must hold tensors and plain data only; got a Python pickle that torch.save did"
+        " not write, that is code, which was not run; re-save its state_dict as safetensors with"
+        " the tool that made it",
+        before=pickle_code,
+    ),
+    case(
+        "unknown prefix",
+        PRETRAINED,
+        "weights.safetensors: every tensor of model and checkpoint must match (model.strict); got 0"
+        " that match and these that do not:\n"
+        "  8 missing in the checkpoint: stem.weight [8, 4], stem.bias [8], ... and 5 more\n"
+        "  8 unexpected in the checkpoint: my/blocks.0.linear.bias [8], ... and 5 more\n"
+        "  do: set model.strict = false to load what fits, or give a checkpoint of this very model;"
+        " nearest names: 'my/stem.weight' for 'stem.weight', ...",
+        before=weights(prefix="my/"),
+    ),
+    case(
+        "unknown prefix, not strict",
+        PRETRAINED + " model.strict=false",
+        "weights.safetensors: at least 50% of the model's values must load (model.min_coverage);"
+        " got 0.0%, as of a wrongly prefixed file or another model's; nearest names:"
+        " 'my/stem.weight' for 'stem.weight', ...; give a matching checkpoint, or lower"
+        " model.min_coverage if so little is meant to load",
+        before=weights(prefix="my/"),
+    ),
+    case(
+        "head of another shape",
+        PRETRAINED,
+        "weights.safetensors: every tensor of model and checkpoint must match (model.strict); got 6"
+        " that match and these that do not:\n"
+        "  2 mismatched: head.weight [3, 8], in the checkpoint [5, 8], head.bias [3], in the"
+        " checkpoint [5]\n"
+        "  do: name replaced heads in finetune.new_heads (head?), set model.strict = false to load"
+        " what fits, or give a checkpoint of this very model",
+        before=weights(classes=5),
+    ),
+    case(
+        "new head that the model lacks",
+        PRETRAINED + " finetune.new_heads.haed={}",
+        "finetune.new_heads.haed: must name a module of the model; got none; did you mean 'head'?",
+        before=weights(),
+    ),
+    case(
+        "inheriting from nothing",
+        PRETRAINED + " finetune.new_heads.head={init='inherit',source='old_head'}",
+        "finetune.new_heads.head.source: must be a module of the checkpoint with the head's shapes;"
+        " got no module 'old_head'; name one that fits: head",
+        before=weights(),
+    ),
+    case(
+        "new heads that need a checkpoint",
+        "train run.toml finetune.new_heads.head={init='zero'}",
+        "finetune.new_heads: without model.checkpoint every head is new and 'random'; got another"
+        " init; set model.checkpoint",
+    ),
+]
+
+WHERE = [
+    case(
+        "run folder that cannot be made",
+        "train run.toml run.folder=model.py/run",
+        "run.folder: must be writable; got 'model.py/run': Not a directory; choose another folder",
+    ),
+    case(
+        "run folder that holds a run",
+        TRAIN,
+        "run.folder: 'run' holds a run at step 2; go on with it with --resume, or choose another"
+        " folder",
+        before=train,
+    ),
+    case(
+        "run that is finished",
+        "train run.toml --resume",
+        "run.steps: 'run' is at step 2 already, of 2 asked for; raise run.steps or choose another"
+        " folder",
+        before=train,
+    ),
+    case(
+        "resuming with other settings",
+        "train run.toml --resume run.steps=4 optim.lr=1e-3 data.batch_size=4",
+        "run/run.toml: data.batch_size: must stay as the run began; it was 8, now 4; change it back"
+        " or start a new run",
+        "run/run.toml: optim.lr: must stay as the run began; it was 0.01, now 0.001; change it back"
+        " or start a new run",
+        before=train,
+    ),
+    case(
+        "no GPU",
+        "train run.toml run.device=cuda",
+        "run.device: must be a device of this machine; got 'cuda' with 0 GPUs; use 'auto' or 'cpu'",
+    ),
+    case(
+        "TF32 on a CPU",
+        "train run.toml step.precision=tf32",
+        "step.precision: 'tf32' needs a GPU; got a CPU; use 'fp32' or 'auto'",
+    ),
+    case(
+        "no blocks to compile",
+        "train run.toml step.compile=blocks",
+        "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none; use"
+        " 'model' or 'off'",
+        before=ONE_BLOCK,
+    ),
+]
+
+OTHER_COMMANDS = [
+    case(
+        "nothing to evaluate on",
+        "evaluate run.toml data.validation=[]",
+        "data.validation: must name a data set to evaluate on; got none; add [[data.validation]]",
+        before=train,
+    ),
+    case(
+        "nothing trained to evaluate",
+        "evaluate run.toml",
+        "run: must hold a run's checkpoint; it holds none; train first, or name one with"
+        " --checkpoint",
+    ),
+    case(
+        "no checkpoint to evaluate",
+        "evaluate run.toml --checkpoint absent.pt",
+        "absent.pt: must be a checkpoint; got no such file; check the path",
+        before=train,
+    ),
+    case(
+        "another model's run",
+        "evaluate run.toml model.options.arguments.width=16",
+        "run/checkpoints/step-00000002: must hold the run file's model; got size mismatch for"
+        " stem.weight: copying a param with shape torch.Size([8, 4]) from checkpoint, the shape in"
+        " current model is torch.Size([16, 4]); give the run file that it was trained with",
+        before=train,
+    ),
+    case(
+        "export that cannot be written",
+        "export run.toml --to model.py/out.safetensors",
+        "model.py/out.safetensors: must be written whole; got ...; free space or choose a folder"
+        " that can be written; what was saved before is untouched",
+        before=train,
+    ),
+    case(
+        "nothing to show",
+        "show absent.pt",
+        "absent.pt: must be a checkpoint; got no such file; check the path",
+    ),
+]
