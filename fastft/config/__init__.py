@@ -1,0 +1,90 @@
+"""Every setting of a run: its unit, default and range. Imports no torch.
+
+`RunConfig` mirrors a run file section by section. The dataclasses are frozen and strict: an
+unknown key or a value of the wrong type is an error, never a guess. `fastft.runfile` reads and
+writes them.
+"""
+
+from pydantic.dataclasses import dataclass
+
+from fastft.config.base import strict
+from fastft.config.data import ChecksConfig, DataConfig, DataSource
+from fastft.config.loss import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Dice,
+    Focal,
+    Huber,
+    LossConfig,
+    LossTerm,
+    LossTermBase,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    Penalty,
+    PythonLoss,
+)
+from fastft.config.model import FinetuneConfig, LoraConfig, ModelConfig, NewHead, Unfreeze
+from fastft.config.optim import OptimConfig, ParameterRule, ScheduleConfig
+from fastft.config.training import (
+    CheckpointConfig,
+    EmaConfig,
+    EvaluateConfig,
+    GradientsConfig,
+    LogConfig,
+    MetricConfig,
+    RunSection,
+    StepConfig,
+)
+
+__all__ = [
+    "BinaryCrossEntropy",
+    "CheckpointConfig",
+    "ChecksConfig",
+    "CrossEntropy",
+    "DataConfig",
+    "DataSource",
+    "Dice",
+    "EmaConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "Focal",
+    "GradientsConfig",
+    "Huber",
+    "LogConfig",
+    "LoraConfig",
+    "LossConfig",
+    "LossTerm",
+    "LossTermBase",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
+    "MetricConfig",
+    "ModelConfig",
+    "NewHead",
+    "OptimConfig",
+    "ParameterRule",
+    "Penalty",
+    "PythonLoss",
+    "RunConfig",
+    "RunSection",
+    "ScheduleConfig",
+    "StepConfig",
+    "Unfreeze",
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class RunConfig:
+    """A run file."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    loss: LossConfig = LossConfig()
+    step: StepConfig = StepConfig()
+    gradients: GradientsConfig = GradientsConfig()
+    ema: EmaConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

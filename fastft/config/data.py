@@ -1,0 +1,62 @@
+"""Data sets, how they are read and checked."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fastft.config.base import Count, Positive, describe, strict
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class DataSource:
+    """One data set."""
+
+    path: Annotated[Path, describe("File or folder.")]
+    format: Annotated[
+        Literal["auto", "npz", "images", "adapter"],
+        describe("'npz': arrays; 'images': one folder per class; 'adapter': read by the adapter."),
+    ] = "auto"
+    name: Annotated[str | None, describe("Name in logs and messages; default: the path.")] = None
+    weight: Annotated[Positive, describe("Share of the samples when data sets are mixed.")] = 1.0
+    fields: Annotated[
+        dict[str, str], describe("npz: field name -> array name, where they differ.")
+    ] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], describe("Settings for the adapter's reader.")] = Field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class ChecksConfig:
+    """Data checks before the first step."""
+
+    max_samples: Annotated[Count, describe("Samples read per data set.")] = 1000
+    outlier_sigma: Annotated[
+        Positive, describe("Values farther than this many standard deviations are outliers.")
+    ] = 12.0
+    imbalance: Annotated[
+        Positive, describe("Largest tolerated ratio of the most to the least frequent class.")
+    ] = 20.0
+    ignore: Annotated[tuple[str, ...], describe("Names of checks to leave out.")] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class DataConfig:
+    """Data sets and how they are read."""
+
+    train: Annotated[tuple[DataSource, ...], describe("Training data sets.", min_length=1)]
+    validation: Annotated[tuple[DataSource, ...], describe("Data to evaluate on.")] = ()
+    test: Annotated[tuple[DataSource, ...], describe("For `evaluate --split test`.")] = ()
+    batch_size: Annotated[Count, describe("Samples per micro-batch.")] = 32
+    evaluation_batch_size: Annotated[
+        Count | None, describe("Samples per evaluation batch; default: batch_size.")
+    ] = None
+    mixing: Annotated[
+        Literal["sample", "batch"],
+        describe("Several data sets: mix within a batch, or draw one data set per batch."),
+    ] = "sample"
+    workers: Annotated[int, describe("Processes per loader; 0 reads in the main one.", ge=0)] = 0
+    prefetch: Annotated[Count, describe("Batches each worker reads ahead.")] = 2
+    checks: Annotated[ChecksConfig, describe("Data checks.")] = ChecksConfig()
