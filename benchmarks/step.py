@@ -58,13 +58,12 @@ def make_config(folder: Path) -> RunConfig:
 def build_step(config: RunConfig, precision: str, mode: str) -> tuple[TrainingStep, list[Batch]]:
     """The step, and the batches of the first four steps on the device."""
     seed_everything(0)
-    assembled = assemble(config, DEVICE, Console(file=io.StringIO()))
-    task = assembled.task
+    task, adapter = assemble(config, DEVICE, Console(file=io.StringIO()))
     optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, config.run.steps)
     resolved = make_precision(precision, DEVICE)
     compile_task(task, mode, resolved)
-    set_train_mode(task.model)
-    with open_loader(assembled.adapter, config.data, seed=0, device=DEVICE) as loader:
+    set_train_mode(task.model, "full")
+    with open_loader(adapter, config.data, seed=0, device=DEVICE) as loader:
         batches = [batch.to(DEVICE) for batch, _ in zip(loader.batches(), range(4), strict=False)]
     return TrainingStep(task, optimizer, None, config.gradients, resolved), batches
 

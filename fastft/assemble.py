@@ -1,32 +1,25 @@
 """From a run file to a task and its data: what `train`, `evaluate`, `check` and `export` share."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from fastft.adapters.registry import find_adapter
-from fastft.checkpoint import LoadReport, Weights, load_weights, read_weights
-from fastft.config import RunConfig
+from fastft.checkpoint import Weights, load_weights, read_weights
+from fastft.config import LossConfig, RunConfig
 from fastft.data import SourceLoader, check_data, describe_findings, open_evaluation
-from fastft.errors import ConfigError
 from fastft.finetune import apply_method
 from fastft.losses import make_criterion
+from fastft.names import state_dict
 from fastft.task import Adapter, FieldSpec, Split, Task
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """A task with its adapter."""
-
-    adapter: Adapter
-    task: Task
 
 
 def assemble(
     config: RunConfig, device: torch.device, console: Console, *, pretrained: bool = True
-) -> Assembled:
+) -> tuple[Task, Adapter]:
     """Builds the model, loads the pretrained checkpoint, freezes and wraps as `[finetune]` says.
 
     Args:
@@ -36,27 +29,20 @@ def assemble(
         pretrained: False where a run's own checkpoint is loaded over everything anyway.
     """
     adapter = find_adapter(config.model)
-    criterion = make_criterion(config.loss, device)
-    path = config.model.checkpoint
-    task = adapter.build(criterion, device=device, checkpoint=path)
-    heads = config.finetune.new_heads
-    if path is None and any(head.init != "random" for head in heads.values()):
-        raise ConfigError(
-            "finetune.new_heads: without model.checkpoint every head is new and 'random'; got"
-            " another init; set model.checkpoint"
-        )
-    if path is not None and pretrained:
-        console.print(_load(adapter, task, config).table())
+    path, heads = config.model.checkpoint, config.finetune.new_heads
+    task = adapter.build(
+        make_criterion(config.loss, device), device=device, checkpoint=path, pretrained=pretrained
+    )
+    if pretrained and path is not None:
+        tensors = adapter.weights(path)
+        weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
+        console.print(load_weights(task.model, weights, config.model, heads).table())
+    elif pretrained and heads:
+        # Weights that the adapter built with, from a hub or at random: only the heads start anew.
+        own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))
+        load_weights(task.model, own, config.model, heads)
     apply_method(task, config.finetune)
-    return Assembled(adapter, task)
-
-
-def _load(adapter: Adapter, task: Task, config: RunConfig) -> LoadReport:
-    path = config.model.checkpoint
-    assert path is not None
-    tensors = adapter.weights(path)
-    weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
-    return load_weights(task.model, weights, config.model, config.finetune.new_heads)
+    return task, adapter
 
 
 def open_split(
@@ -72,7 +58,8 @@ def open_split(
 
 
 def check_run_data(
-    assembled: Assembled,
+    task: Task,
+    adapter: Adapter,
     config: RunConfig,
     loaders: Sequence[SourceLoader | None],
     console: Console,
@@ -83,8 +70,19 @@ def check_run_data(
         DataError: listing every finding that is an error.
     """
     sources = [source for loader in loaders if loader for source in loader.sources]
-    targets = {term.target: FieldSpec() for term in config.loss.terms}
-    fields = {**targets, **assembled.task.fields}
-    findings = check_data(sources, assembled.adapter.checks, fields, config.data.checks)
+    fields = _expected_fields(task, config.loss)
+    findings = check_data(sources, adapter.checks, fields, config.data.checks)
     if findings:
         console.print(describe_findings(findings))
+
+
+def _expected_fields(task: Task, loss: LossConfig) -> dict[str, FieldSpec]:
+    """What the model and the loss's terms expect of the data; where both say it, the model."""
+    fields = dict(task.fields)
+    for term in loss.terms:
+        spec = fields.get(term.target, FieldSpec())
+        if spec.ignore_index is None:
+            ignored = getattr(term, "ignore_index", None)
+            spec = dataclasses.replace(spec, ignore_index=ignored)
+        fields[term.target] = spec
+    return fields

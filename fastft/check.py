@@ -21,15 +21,14 @@ def check(config: RunConfig, console: Console) -> None:
     """
     seed_everything(config.run.seed)
     device = find_device(config.run.device)
-    assembled = assemble(config, device, console, pretrained=False)
-    adapter = assembled.adapter
+    task, adapter = assemble(config, device, console, pretrained=False)
     loaders = [open_loader(adapter, config.data, seed=config.run.seed, device=device)]
     loaders += [
         loader
         for split in ("validation", "test")
         if (loader := open_split(adapter, config, split, device)) is not None
     ]
-    check_run_data(assembled, config, loaders, console)
+    check_run_data(task, adapter, config, loaders, console)
     for loader in loaders:
         console.print(
             f"{', '.join(loader.names)}: {loader.samples:,} samples", markup=False, highlight=False

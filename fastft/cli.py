@@ -131,7 +131,11 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     result = importlib.import_module("fastft.train").train(config, console, dry_run=options.dry_run)
     if result is not None:
         folder = config.run.folder
-        logs = f"tensorboard --logdir {folder}" if config.log.tensorboard else f"{folder}/metrics.jsonl"
+        logs = (
+            f"tensorboard --logdir {folder}"
+            if config.log.tensorboard
+            else f"{folder}/metrics.jsonl"
+        )
         lines = [f"checkpoint: {result.checkpoint}", f"logs: {logs}"]
         if result.best is not None:
             lines.insert(1, f"best checkpoint: {result.best}")

@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastft.assemble import Assembled, assemble, open_split
+from fastft.assemble import assemble, open_split
+from fastft.atomic import write_file_atomically
 from fastft.checkpoint import (
     best_checkpoint,
     is_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
-    write_file_atomically,
+    read_meta,
+    read_weights,
 )
 from fastft.config import FinetuneConfig, RunConfig
 from fastft.errors import CheckpointError, ConfigError
@@ -25,7 +26,7 @@ from fastft.metrics import make_metrics
 from fastft.names import load_state_dict
 from fastft.runtime import find_device, seed_everything
 from fastft.step import compile_task, make_precision
-from fastft.task import Split
+from fastft.task import Adapter, Split, Task
 
 
 def evaluate(
@@ -40,17 +41,17 @@ def evaluate(
         FastftError: no such data or checkpoint.
     """
     device = find_device(config.run.device)
-    assembled, name = _open_trained(config, checkpoint, device, console)
-    loader = open_split(assembled.adapter, config, split, device)
+    task, adapter, name = _open_trained(config, checkpoint, device, console)
+    loader = open_split(adapter, config, split, device)
     if loader is None:
         raise ConfigError(
             f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
         )
     precision = make_precision(config.step.precision, device)
-    compile_task(assembled.task, config.step.compile, precision)
-    metrics = {**assembled.task.metrics, **make_metrics(config.evaluate.metrics, device)}
+    compile_task(task, config.step.compile, precision)
+    metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, device)}
     with loader:
-        values = score(assembled.task, loader, metrics, precision)
+        values = score(task, loader, metrics, precision)
     title = f"{name} on {split} data ({loader.samples:,} samples)"
     # A title must not be folded to the width of a narrow table.
     table = Table(title=Text(title), min_width=min(len(title), console.width))
@@ -73,30 +74,29 @@ def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str
     Raises:
         FastftError: no such checkpoint, or `target` cannot be written.
     """
-    assembled, name = _open_trained(config, checkpoint, torch.device("cpu"), console)
-    merge_lora(assembled.task.model)
-    write_file_atomically(target, lambda path: assembled.adapter.save(assembled.task, path))
+    task, adapter, name = _open_trained(config, checkpoint, torch.device("cpu"), console)
+    merge_lora(task.model)
+    write_file_atomically(target, lambda path: adapter.save(task, path))
     console.print(f"{name} -> {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _open_trained(
     config: RunConfig, checkpoint: str, device: torch.device, console: Console
-) -> tuple[Assembled, str]:
+) -> tuple[Task, Adapter, str]:
     """The task with a checkpoint's weights (averaged ones where it has them), and its name."""
     seed_everything(config.run.seed)
-    folder = _find(config, checkpoint)
+    folder = _find(config, checkpoint, console)
     if folder is None:
         # Someone else's file: the whole model must come from it, with nothing new and no adapters.
         model = dataclasses.replace(config.model, checkpoint=Path(checkpoint))
         foreign = dataclasses.replace(config, model=model, finetune=FinetuneConfig())
-        return assemble(foreign, device, console), checkpoint
-    assembled = assemble(config, device, console, pretrained=False)
-    saved = load_checkpoint(folder)
-    load_state_dict(assembled.task.model, saved.ema or saved.model, where=folder)
-    return assembled, folder.name
+        return *assemble(foreign, device, console), checkpoint
+    task, adapter = assemble(config, device, console, pretrained=False)
+    load_state_dict(task.model, read_weights(folder).tensors, where=folder)
+    return task, adapter, folder.name
 
 
-def _find(config: RunConfig, checkpoint: str) -> Path | None:
+def _find(config: RunConfig, checkpoint: str, console: Console) -> Path | None:
     """A run's checkpoint folder, None where `checkpoint` is another file."""
     if checkpoint in ("best", "latest"):
         best = best_checkpoint(config.run.folder) if checkpoint == "best" else None
@@ -106,5 +106,9 @@ def _find(config: RunConfig, checkpoint: str) -> Path | None:
                 f"{config.run.folder}: must hold a run's checkpoint; it holds none; train first, or"
                 " name one with --checkpoint"
             )
+        if checkpoint == "best" and best is None:
+            monitor = read_meta(folder)["monitor"]
+            text = f"no checkpoint has a finite '{monitor}': the latest stands in for the best"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         return folder
     return Path(checkpoint) if is_checkpoint(Path(checkpoint)) else None

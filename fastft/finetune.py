@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fastft.config import FinetuneConfig, LoraConfig
@@ -19,26 +20,36 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
         ConfigError: a name or glob that matches nothing, or nothing left to train.
     """
     model = task.model
-    new_heads = tuple(config.new_heads) or tuple(task.heads)
-    if config.method == "lora":
-        _inject_lora(model, config.lora, keep=tuple(config.new_heads))
-    trained = {
-        "full": ("*",),
-        "heads": _modules(model, config.heads or new_heads, "finetune.heads"),
-        "probe": _modules(model, new_heads, "finetune.new_heads"),
-        "lora": ("*lora_*", *_modules(model, tuple(config.new_heads), "finetune.new_heads")),
-    }[config.method]
+    new_heads = tuple(config.new_heads)
+    match config.method:
+        case "full":
+            trained = ("*",)
+        case "heads":
+            heads = config.heads or new_heads or tuple(task.heads)
+            trained = _modules(model, heads, "finetune.heads")
+        case "probe":
+            trained = _modules(model, new_heads or tuple(task.heads), "finetune.new_heads")
+        case "lora":
+            _inject_lora(model, config.lora, keep=new_heads)
+            heads = _modules(model, new_heads, "finetune.new_heads")
+            trained = ("*.lora_[AB].*", *heads)
     parameters = dict(named_parameters(model))
     _refuse_idle_globs(config, list(parameters))
     for name, parameter in parameters.items():
         matches = bool(matching(trained, [name]))
+        if matches and parameter.is_complex():
+            raise ConfigError(
+                f"finetune: cannot train complex parameters; got '{name}'; freeze them, or hold"
+                " them as real pairs (torch.view_as_real) in the model"
+            )
         parameter.requires_grad_(matches and parameter.is_floating_point())
     staged = [pattern for stage in config.unfreeze for pattern in stage.match]
     for name in matching([*config.freeze, *staged], parameters):
         parameters[name].requires_grad_(False)
     for name in _of_types(model, config.freeze_types):
         parameters[name].requires_grad_(False)
-    if not config.unfreeze and not any(p.requires_grad for p in parameters.values()):
+    at_once = any(stage.at_step == 0 for stage in config.unfreeze)
+    if not at_once and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(
             f"finetune: must leave something to train; method '{config.method}' with these heads"
             " and freezes leaves nothing; name a head or freeze less"
@@ -47,7 +58,7 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
 
 def staged_names(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
     """Parameters that start frozen -> the first step that trains them."""
-    names = [name for name, _ in named_parameters(model)]
+    names = [name for name, p in named_parameters(model) if p.is_floating_point()]
     staged: dict[str, int] = {}
     for stage in config.unfreeze:
         for name in matching(stage.match, names):
@@ -55,12 +66,24 @@ def staged_names(model: nn.Module, config: FinetuneConfig) -> dict[str, int]:
     return staged
 
 
-def set_train_mode(model: nn.Module) -> None:
-    """Train mode, except for modules whose parameters are all frozen.
+def set_train_mode(model: nn.Module, method: str) -> None:
+    """Train mode, except for what is frozen.
 
-    A frozen batch norm must not move its running statistics, nor a frozen encoder drop units. A
-    batch norm without parameters follows the module that holds it.
+    With 'probe' and 'heads' only modules whose parameters are all trained, and those that hold a
+    trained parameter themselves, are in train mode: a frozen encoder must not drop units. With
+    other methods all are, but for modules whose parameters are all frozen: a frozen batch norm must
+    not move its running statistics. A batch norm without parameters follows the module that holds
+    it.
     """
+    if method in ("probe", "heads"):
+        model.eval()
+        for module in model.modules():
+            own = [p.requires_grad for p in module.parameters()]
+            if own and all(own):
+                module.train()
+            elif any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.training = True
+        return
     model.train()
     for parent in model.modules():
         for child in parent.children():
@@ -88,10 +111,20 @@ def _inject_lora(model: nn.Module, config: LoraConfig, keep: Sequence[str]) -> N
             "finetune.method: 'lora' needs the package peft; install fastft[peft]"
         ) from None
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    # torch's attention reads the weight of its output projection and never calls it.
+    bypassed = {
+        f"{name}.out_proj".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    # Its fast path in eval mode reads the weights of whole encoder layers.
+    torch.backends.mha.set_fastpath_enabled(False)
     adaptable = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        if name
+        and name not in bypassed
+        and isinstance(module, kinds)
         and getattr(module, "groups", 1) == 1
         and not any(name == head or name.startswith(head + ".") for head in keep)
     ]

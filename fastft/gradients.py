@@ -115,9 +115,11 @@ class GradientGuard:
 
     def _tensor_norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
         present = [g for g in gradients if g is not None]
-        norms = torch._foreach_norm(present, 2, dtype=torch.float32) if present else []  # pyright: ignore[reportPrivateImportUsage]
+        # In fp64 only where there is some: torch refuses to narrow.
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in present) else torch.float32
+        norms = torch._foreach_norm(present, 2, dtype=wide) if present else []  # pyright: ignore[reportPrivateImportUsage]
         zero = torch.zeros((), device=self._bad_tensors.device)
-        found = iter(norms)
+        found = iter([norm.float() for norm in norms])
         return torch.stack([next(found) if g is not None else zero for g in gradients])
 
     def _count(self, nonfinite: Tensor, exploding: Tensor, bad: Tensor, skip: Tensor) -> None:

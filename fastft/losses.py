@@ -1,11 +1,12 @@
 """The run file's `[loss]`: a weighted sum of terms, and penalties on parameters.
 
-Terms are computed in fp32 whatever autocast says, and none waits for the device: labels that do
-not count are masked by multiplication, never by boolean indexing, because the host would have to
-read the size of its result. Where no label counts, a term is 0 and so are its gradients.
+Terms are computed in fp32, or fp64 where the model does, whatever autocast says, and none waits for
+the device: labels that do not count are masked by multiplication, never by boolean indexing,
+because the host would have to read the size of its result. Where no label counts, a term is 0 and
+so are its gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ def make_criterion(config: LossConfig, device: torch.device) -> Criterion | None
             for term, name, function in zip(config.terms, names, functions, strict=True):
                 own = isinstance(term, PythonLoss)
                 pair = pick_operands(term, predictions, fields, f"loss '{name}'", free=own)
-                values.append(function(*tree_map_only(Tensor, _fp32, pair)))
+                values.append(function(*tree_map_only(Tensor, _at_least_fp32, pair)))
             total = (weights * torch.stack(values)).sum()
         several = len(values) > 1
         parts = {n: v.detach() for n, v in zip(names, values, strict=True)} if several else {}
@@ -67,15 +68,20 @@ def make_criterion(config: LossConfig, device: torch.device) -> Criterion | None
     return criterion
 
 
-def make_penalty(config: LossConfig, model: nn.Module) -> Callable[[], Tensor] | None:
+def make_penalty(
+    config: LossConfig, model: nn.Module, trained: Collection[str]
+) -> Callable[[], Tensor] | None:
     """The sum of the penalties as a function of the model's present parameters, or None.
 
     A parameter counts while it requires a gradient, looked up at each call: a frozen one would add
     a constant to the loss and nothing to the gradient, and one that a later stage unfreezes counts
     from then on. Parameters are looked up by name now, so call this on the model as it is trained.
 
+    Args:
+        trained: names of the parameters that are trained, now or later.
+
     Raises:
-        ConfigError: a pattern matches no parameter.
+        ConfigError: a pattern matches no parameter, or a penalty only ones that are never trained.
     """
     if not config.penalties:
         return None
@@ -85,11 +91,18 @@ def make_penalty(config: LossConfig, model: nn.Module) -> Callable[[], Tensor] |
         for i, penalty in enumerate(config.penalties)
         for problem in unmatched(penalty.match, list(parameters), where=f"loss.penalties.{i}.match")
     ]
+    names = [matching(penalty.match, parameters) for penalty in config.penalties]
+    problems += [
+        f"loss.penalties.{i}.match: must match a trained parameter; all it matches are frozen, as"
+        f" '{found[0]}'; drop the penalty or train them"
+        for i, found in enumerate(names)
+        if found and not set(found) & set(trained)
+    ]
     if problems:
         raise ConfigError(problems)
     matched = [
-        (penalty, [parameters[name] for name in matching(penalty.match, parameters)])
-        for penalty in config.penalties
+        (penalty, [parameters[name] for name in found])
+        for penalty, found in zip(config.penalties, names, strict=True)
     ]
     device = next(iter(parameters.values())).device
 
@@ -233,7 +246,7 @@ def _dice(
 
 
 def _binary(logits: Tensor, targets: Tensor, *, where: str, positive_weight: Tensor) -> Tensor:
-    logits, targets = same_shape(logits, targets.float(), where)
+    logits, targets = same_shape(logits, targets.to(logits.dtype), where)
     keep = targets >= 0
     values = F.binary_cross_entropy_with_logits(
         logits, targets.clamp(min=0), pos_weight=positive_weight, reduction="none"
@@ -244,7 +257,7 @@ def _binary(logits: Tensor, targets: Tensor, *, where: str, positive_weight: Ten
 def _regress(
     prediction: Tensor, target: Tensor, *, where: str, error: Callable[..., Tensor]
 ) -> Tensor:
-    return error(*same_shape(prediction, target.float(), where))
+    return error(*same_shape(prediction, target.to(prediction.dtype), where))
 
 
 def _call_user(prediction: Any, target: Any, *, where: str, function: Term) -> Tensor:
@@ -295,8 +308,8 @@ def _positive(value: Tensor) -> Tensor:
     return torch.where(value > 0, value, 1)
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _tensor(values: Sequence[float] | None, device: torch.device) -> Tensor | None:

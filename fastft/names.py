@@ -37,10 +37,10 @@ def namer(model: nn.Module) -> Callable[[str], str]:
     return clean
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under their names in the unwrapped model; tied ones once."""
+def named_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under their names in the unwrapped model; tied ones once, or under each name."""
     clean = namer(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=not tied):
         yield clean(name), parameter
 
 

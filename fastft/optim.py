@@ -72,6 +72,8 @@ def make_groups(task: Task, config: OptimConfig, staged: Mapping[str, int]) -> l
             decay = rule.weight_decay
         if decay and parameter.ndim <= 1 and not config.decay_norms_and_biases:
             decay, label = 0.0, f"{label}, no decay"
+        if name in staged:
+            label = f"{label}, from step {staged[name]}"
         betas = rule.betas if rule and rule.betas is not None else config.betas
         groups.setdefault((label, lr, decay, betas), {})[name] = parameter
     _refuse_idle_rules(config, used, list(parameters), list(trained))
@@ -79,14 +81,17 @@ def make_groups(task: Task, config: OptimConfig, staged: Mapping[str, int]) -> l
 
 
 def group_table(groups: Sequence[Group], task: Task) -> Table:
-    """Group, tensors, parameters, learning rate, decay; and what stays frozen."""
+    """Group, tensors, parameters, learning rate, decay, where they differ betas; what is frozen."""
+    columns = ["group", "tensors", "parameters", "lr", "weight decay"]
+    several_betas = len({group.betas for group in groups}) > 1
     table = Table(title="Parameter groups")
-    for column in ("group", "tensors", "parameters", "lr", "weight decay"):
+    for column in [*columns, *(["betas"] if several_betas else [])]:
         table.add_column(column, justify="left" if column == "group" else "right")
     for group in groups:
         count = sum(p.numel() for p in group.parameters.values())
         row = (str(len(group.parameters)), f"{count:,}", f"{group.lr:.3g}")
-        table.add_row(group.name, *row, f"{group.weight_decay:.3g}")
+        betas = [f"{group.betas[0]:g}, {group.betas[1]:g}"] if several_betas else []
+        table.add_row(group.name, *row, f"{group.weight_decay:.3g}", *betas)
     trained = {name for group in groups for name in group.parameters}
     frozen = [p for name, p in named_parameters(task.model) if name not in trained]
     if frozen:

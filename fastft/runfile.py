@@ -133,7 +133,8 @@ def _message(kind: type, error: ErrorDetails, key: str) -> str:
     match error["type"]:
         case "value_error":
             # Of a dataclass as a whole, in our own words.
-            return f"{at}: {error['msg'].removeprefix('Value error, ')}"
+            text = error["msg"].removeprefix("Value error, ")
+            return f"{at}: {text}" if at else text
         case "unexpected_keyword_argument":
             return f"{at}: unknown key{nearest(path[-1], sorted(names))}"
         case "too_short":

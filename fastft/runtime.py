@@ -1,6 +1,7 @@
 """The run's surroundings: device, seeds, folder, signals, a record of versions and git state."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastft.atomic import write_file_atomically
 from fastft.config import RunConfig, RunSection
 from fastft.errors import ConfigError
 from fastft.runfile import format_run_file
@@ -33,7 +36,7 @@ class Run:
         folder: exists and is writable.
         device: what the model lives on.
         seed: of weights, data order and dropout.
-        signals: says whether the user or the system asked the run to end.
+        signals: entered, says whether the user or the system asked the run to end.
     """
 
     folder: Path
@@ -44,31 +47,26 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
-    """Makes the run folder, seeds every generator and listens for SIGTERM and Ctrl-C.
+    """Makes the run folder, keeps other runs out of it, and seeds every generator.
 
     Args:
         write: False where nothing is to be written: no folder is made.
 
     Raises:
-        ConfigError: the device is not there, or the folder cannot be written.
+        ConfigError: the device is not there, or the folder cannot be written or is in use.
     """
     device = find_device(section.device)
-    existed = section.folder.exists()
-    if write:
-        make_folder(section.folder)
     seed_everything(section.seed)
+    were_deterministic = torch.are_deterministic_algorithms_enabled()
     if section.deterministic:
         # cuBLAS is deterministic only with a fixed workspace, read when its handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
-        with Signals() as signals:
-            yield Run(section.folder, device, section.seed, signals)
+        with _own_folder(section.folder) if write else contextlib.nullcontext():
+            yield Run(section.folder, device, section.seed, Signals())
     finally:
-        if not existed:
-            # A run that failed before it began leaves nothing; rmdir refuses a folder with content.
-            with contextlib.suppress(OSError):
-                section.folder.rmdir()
+        torch.use_deterministic_algorithms(were_deterministic)
 
 
 def find_device(name: str) -> torch.device:
@@ -100,6 +98,29 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(
             f"run.folder: must be writable; got '{folder}': {error.strerror}; choose another folder"
         ) from None
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it; a kill releases the lock. Leaves no folder without content."""
+    existed = folder.exists()
+    make_folder(folder)
+    path = folder / ".lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run.folder: must be this run's alone; '{folder}' is in use by another run; wait"
+                " for it or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def seed_everything(seed: int) -> None:
@@ -175,10 +196,24 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_record(folder: Path, config: RunConfig, device: torch.device) -> None:
-    """Writes the resolved run file and `environment.json` into the run folder."""
-    (folder / RUN_FILE).write_text(format_run_file(config), encoding="utf-8")
-    text = json.dumps(environment(device), indent=2)
-    (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+    """Writes the resolved run file, and adds this start to the run folder's `environment.json`.
+
+    That file is a list: what the run began with, then what each later start found.
+
+    Raises:
+        CheckpointError: the disk refused; both files are as before, or whole.
+    """
+    path = folder / "environment.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    starts = [*earlier, {"started": started, **environment(device)}]
+    for file, text in (
+        (folder / RUN_FILE, format_run_file(config)),
+        (path, json.dumps(starts, indent=2) + "\n"),
+    ):
+        write_file_atomically(
+            file, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
+        )
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -138,17 +138,23 @@ class TrainingStep:
     ) -> None:
         self.task = task
         self.precision = precision
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._penalty = penalty
         names = list(optimizer.parameters)
         self._parameters = list(optimizer.parameters.values())
+        self._untouched = list(range(len(names)))
         scaled = precision.name == "fp16"
+        kind = nn.modules.batchnorm._NormBase
+        self._norms = [module for module in task.model.modules() if isinstance(module, kind)]
         self.guard = GradientGuard(names, gradients, precision.device, scaled=scaled)
         self.summary = NormSummary(names, optimizer.groups, task)
 
     def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
         """Runs step `index` (0-based) on micro-batches that are on the device."""
-        factor = self._optimizer.lr_factor(index)
+        moving = [norm for norm in self._norms if norm.training]
+        statistics = [buffer for norm in moving for buffer in norm.buffers(recurse=False)]
+        before = [buffer.clone() for buffer in statistics]
+        factor = self.optimizer.lr_factor(index)
         losses = [
             self._forward_backward(dataclasses.replace(batch, lr_factor=factor), len(batches))
             for batch in batches
@@ -159,17 +165,34 @@ class TrainingStep:
         parts = {n: _mean([x.parts[n] for x in losses if n in x.parts]) for n in names}
         if self._penalty is not None:
             penalty = self._penalty()
-            (penalty * self.guard.scale).backward()
+            if penalty.requires_grad:
+                (penalty * self.guard.scale).backward()
             parts["penalty"] = penalty.detach()
             total = total + parts["penalty"]
-        verdict = self.guard.inspect(gradients_of(self._parameters))
-        self._optimizer.update(index, verdict.divisor, verdict.skip)
-        self._optimizer.zero_grad()
+        gradients = gradients_of(self._parameters)
+        if all(gradient is None for gradient in gradients):
+            raise ConfigError(
+                f"loss: must depend on a trained parameter; at step {index + 1} it depends on none;"
+                " train what the loss uses (finetune.method, freeze, unfreeze)"
+            )
+        self._untouched = [i for i in self._untouched if gradients[i] is None]
+        verdict = self.guard.inspect(gradients)
+        # A skipped step must leave the running statistics as they were, too.
+        for buffer, old in zip(statistics, before, strict=True):
+            torch.where(verdict.skip > 0, old, buffer, out=buffer)
+        self.optimizer.update(index, verdict.divisor, verdict.skip)
+        self.optimizer.zero_grad()
         return StepResult(total, parts, verdict)
+
+    def untouched_names(self) -> list[str]:
+        """Parameters that should be trained but had no gradient in any step so far."""
+        waiting = [i for i in self._untouched if self._parameters[i].requires_grad]
+        return [self.guard.names[i] for i in waiting]
 
     def _forward_backward(self, batch: Batch, of: int) -> Loss:
         loss = compute_loss(self.task.loss, self.task.model, batch, self.precision)
-        (loss.total * (self.guard.scale / of)).backward()
+        if loss.total.requires_grad:
+            (loss.total * (self.guard.scale / of)).backward()
         parts = {name: part.detach() for name, part in loss.parts.items()}
         return Loss(loss.total.detach(), parts)
 

@@ -240,13 +240,20 @@ class Adapter(Protocol):
     checks: Sequence[DataCheck]
 
     def build(
-        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+        self,
+        criterion: Criterion | None,
+        *,
+        device: torch.device,
+        checkpoint: Path | None,
+        pretrained: bool,
     ) -> Task:
         """The task with freshly initialised weights on `device`.
 
         Args:
             criterion: the run file's `[loss]`, None where it has no terms.
-            checkpoint: what will be loaded, for families whose checkpoints say the architecture.
+            checkpoint: `model.checkpoint`, for families whose checkpoints say the architecture.
+            pretrained: False where a run's own weights will be loaded over everything, so that
+                none need be fetched from a hub.
         """
         ...
 

@@ -18,18 +18,18 @@ from fastft.loop import (
     SaveHook,
     TrainingState,
     UnfreezeHook,
-    check_monitor,
+    check_evaluation,
     find_resumed,
+    rehearse,
     run_loop,
 )
 from fastft.losses import make_penalty
-from fastft.metrics import MetricWriter, make_metrics, open_writer
+from fastft.metrics import make_metrics, open_writer
 from fastft.names import load_state_dict
 from fastft.optim import Optimizer, group_table, make_groups
 from fastft.runfile import format_run_file
 from fastft.runtime import open_run, write_record
-from fastft.step import Ema, TrainingStep, compile_task, make_precision
-from fastft.task import Loader, Metric
+from fastft.step import Ema, Precision, TrainingStep, compile_task, make_precision
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,17 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
     Raises:
         FastftError: anything that the user can mend.
     """
+    total = config.run.steps
     with open_run(config.run, write=not dry_run) as run:
         resumed = None if dry_run else find_resumed(config)
-        assembled = assemble(config, run.device, console, pretrained=resumed is None)
-        task, adapter = assembled.task, assembled.adapter
+        saved = load_checkpoint(resumed) if resumed else None
+        if saved is not None and saved.meta["step"] >= total:
+            console.print(f"nothing to do: step {saved.meta['step']} of {total} is done")
+            return _result(run.folder, saved.meta["metrics"])
+        task, adapter = assemble(config, run.device, console, pretrained=saved is None)
         loader = open_loader(adapter, config.data, seed=run.seed, device=run.device)
         validation = open_split(adapter, config, "validation", run.device)
-        check_run_data(assembled, config, [loader, validation], console)
-        saved = load_checkpoint(resumed) if resumed else None
+        check_run_data(task, adapter, config, [loader, validation], console)
         if saved is not None:
             # Before `prepare`, which may run the model over the data.
             load_state_dict(task.model, saved.model, where=resumed)
@@ -73,35 +76,39 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         compile_task(task, config.step.compile, precision)
         staged = staged_names(task.model, config.finetune)
         groups = make_groups(task, config.optim, staged)
-        console.print(group_table(groups, task))
-        optimizer = Optimizer(groups, config.optim, config.run.steps)
-        penalty = make_penalty(config.loss, task.model)
+        console.print(group_table(groups, task), _summary(config, precision))
+        optimizer = Optimizer(groups, config.optim, total)
+        penalty = make_penalty(config.loss, task.model, optimizer.parameters)
         step = TrainingStep(task, optimizer, penalty, config.gradients, precision)
         metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
-        check_monitor(config, metrics)
+        check_evaluation(config, metrics)
+        if validation is not None:
+            rehearse(task, validation, metrics, precision)
         if dry_run:
             return None
         ema = Ema(task.model, config.ema.decay) if config.ema else None
-        state = TrainingState(task, optimizer, step, ema, run.device)
+        sizes = {source.name: len(source) for source in loader.sources}
+        state = TrainingState(task, step, ema, run.device, sizes)
         first = state.restore(saved) if saved else 0
         write_record(run.folder, config, run.device)
         unfreeze(task.model, staged, first)
-        set_train_mode(task.model)
+        set_train_mode(task.model, config.finetune.method)
         with (
             loader,
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
-            Progress(console, first, config.run.steps) as progress,
+            Progress(console, first, total) as progress,
         ):
-            if first == 0:
-                writer.text("run file", f"```toml\n{format_run_file(config)}\n```")
-            evaluation = _evaluation(config, state, validation, metrics, writer, progress)
-            saving = SaveHook(state, config, evaluation)
-            log = LogHook(step, optimizer, writer, progress, config, loader.samples)
-            unfreezing = UnfreezeHook(task.model, staged, progress)
+            writer.text("run file", f"```toml\n{format_run_file(config)}\n```")
+            evaluation = None
+            if validation is not None:
+                evaluation = EvaluateHook(state, validation, metrics, writer, progress, config)
+            saving = SaveHook(state, config, evaluation, progress)
+            log = LogHook(step, writer, progress, config, loader.samples)
+            unfreezing = UnfreezeHook(task.model, staged, config.finetune.method, progress)
             run_loop(
                 step,
                 loader.batches(first * config.step.accumulate),
-                range(first, config.run.steps),
+                range(first, total),
                 accumulate=config.step.accumulate,
                 ema=ema,
                 hooks=[log, *([evaluation] if evaluation else []), saving, unfreezing],
@@ -109,29 +116,18 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
                 progress=progress,
                 run=run,
             )
-        return TrainResult(
-            latest_checkpoint(run.folder),
-            best_checkpoint(run.folder),
-            evaluation.values if evaluation else {},
-        )
+        return _result(run.folder, evaluation.values if evaluation else {})
 
 
-def _evaluation(
-    config: RunConfig,
-    state: TrainingState,
-    validation: Loader | None,
-    metrics: Mapping[str, Metric],
-    writer: MetricWriter,
-    progress: Progress,
-) -> EvaluateHook | None:
-    if validation is None:
-        return None
-    return EvaluateHook(
-        state,
-        validation,
-        metrics,
-        writer,
-        progress,
-        every=config.evaluate.every_steps,
-        total=config.run.steps,
+def _result(folder: Path, metrics: Mapping[str, float]) -> TrainResult:
+    return TrainResult(latest_checkpoint(folder), best_checkpoint(folder), metrics)
+
+
+def _summary(config: RunConfig, precision: Precision) -> str:
+    """One line on what is not in the table of groups."""
+    schedule, optim = config.optim.schedule, config.optim
+    return (
+        f"{config.finetune.method} fine-tuning; {optim.name}, {schedule.name} over"
+        f" {config.run.steps} steps with {schedule.warmup_steps} of warm-up;"
+        f" {precision.name} on {precision.device}, compile {config.step.compile}"
     )

@@ -83,7 +83,12 @@ class FileAdapter:
         self.checks: Sequence[DataCheck] = getattr(module, "checks", ())
 
     def build(
-        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+        self,
+        criterion: Criterion | None,
+        *,
+        device: torch.device,
+        checkpoint: Path | None,
+        pretrained: bool,
     ) -> Task:
         """What `build(**arguments)` returns, completed to a task."""
         file, arguments = self._options.file, self._options.arguments
@@ -95,10 +100,9 @@ class FileAdapter:
                 f" got {json.dumps(arguments, default=str)}: {error}"
             ) from None
         built = self._module.build(**arguments)
-        if isinstance(built, Task):
-            built.model.to(device)
-            return built
         match built:
+            case Task():
+                own_loss, model = built.loss, built.model
             case nn.Module() as model:
                 own_loss = None
             case (nn.Module() as model, own_loss) if callable(own_loss):
@@ -108,6 +112,14 @@ class FileAdapter:
                     f"{file}: build() must return an nn.Module, (nn.Module, loss function) or a"
                     f" Task; got {_kind(built)}; correct what it returns"
                 )
+        if own_loss is not None and criterion is not None:
+            raise ConfigError(
+                "loss.terms: must be absent, since build() returns its own loss; got some; remove"
+                " one of the two"
+            )
+        model.to(device)
+        if isinstance(built, Task):
+            return built
         if own_loss is None and criterion is None:
             raise ConfigError(
                 "loss.terms: build() returned no loss, so the run file needs one; got none; add a"
@@ -115,7 +127,7 @@ class FileAdapter:
             )
         loss = _wrap(own_loss) if own_loss is not None else _on_inputs(cast(Criterion, criterion))
         return Task(
-            model=model.to(device),
+            model=model,
             loss=loss,
             blocks=repeated_blocks(model),
             fields=getattr(self._module, "fields", {}),

@@ -1,7 +1,7 @@
 """timm image models (github.com/huggingface/pytorch-image-models) as classifiers or regressors."""
 
-import contextlib
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -72,6 +72,11 @@ class TimmAdapter:
     Images (`format = "images"`) go through timm's own transforms. Arrays (`format = "npz"`) are
     `[C, H, W]`, or `[H, W]` for one channel; they are normalised with `mean` and `std` where those
     are set, and resized where the model's input size differs.
+
+    The data checks compare inputs with mean 0 and deviation 1, which a model of 3 channels was
+    pretrained on and images are normalised to: arrays of 3 channels without `mean` and `std` must
+    be so normalised already, or a warning says that they are not. With other numbers of channels,
+    only arrays that are normalised here are compared.
     """
 
     Options: ClassVar[type] = TimmOptions
@@ -83,7 +88,12 @@ class TimmAdapter:
         self._transforms: dict[bool, Any] = {}
 
     def build(
-        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+        self,
+        criterion: Criterion | None,
+        *,
+        device: torch.device,
+        checkpoint: Path | None,
+        pretrained: bool,
     ) -> Task:
         """The model under `[loss]`, which must have a term."""
         if criterion is None:
@@ -92,7 +102,7 @@ class TimmAdapter:
                 " such as name = 'cross_entropy'"
             )
         self._check_options()
-        model = self._create().to(device)
+        model = self._create(pretrained).to(device)
         self._data_config = self._resolve_data_config(model)
         classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -139,7 +149,11 @@ class TimmAdapter:
 
     def save(self, task: Task, path: Path) -> None:
         """A safetensors file for `timm.create_model(name, checkpoint_path=path)`."""
-        state = {name: t.detach().cpu().contiguous() for name, t in task.model.state_dict().items()}
+        # Copies: safetensors refuses tied tensors, and timm wants all names of one.
+        state = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in task.model.state_dict().items()
+        }
         metadata = {"architecture": self.options.name, "num_classes": str(self.options.num_classes)}
         safetensors.torch.save_file(state, path, metadata=metadata)
 
@@ -163,7 +177,7 @@ class TimmAdapter:
         if problems:
             raise ConfigError(problems)
 
-    def _create(self) -> nn.Module:
+    def _create(self, pretrained: bool) -> nn.Module:
         options = self.options
         arguments: dict[str, Any] = {"num_classes": options.num_classes, **options.arguments}
         if options.in_chans != 3:
@@ -176,12 +190,18 @@ class TimmAdapter:
                 f"model.options.name: must be a model of timm {timm.__version__}; got '{base}'"
                 + hint
             )
+        make = functools.partial(
+            timm.create_model, options.name, pretrained=options.pretrained and pretrained
+        )
         try:
             if options.img_size is not None:
-                # Only architectures that fix their input size at construction take it.
-                with contextlib.suppress(TypeError):
-                    return self._timm_model(img_size=options.img_size, **arguments)
-            return self._timm_model(**arguments)
+                try:
+                    return make(img_size=options.img_size, **arguments)
+                except TypeError as error:
+                    # Only architectures that fix their input size at construction take it.
+                    if "'img_size'" not in str(error):
+                        raise
+            return make(**arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
             advice = "correct the options"
             if isinstance(error, OSError):
@@ -190,9 +210,6 @@ class TimmAdapter:
                 f"model.options: timm must be able to make '{options.name}' with {arguments}; got"
                 f" {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}; {advice}"
             ) from error
-
-    def _timm_model(self, **arguments: Any) -> nn.Module:
-        return timm.create_model(self.options.name, pretrained=self.options.pretrained, **arguments)
 
     def _resolve_data_config(self, model: nn.Module) -> dict[str, Any]:
         config = resolve_model_data_config(model)
@@ -206,7 +223,8 @@ class TimmAdapter:
 
     def _fields(self) -> dict[str, FieldSpec]:
         normalised = self.options.mean is not None and self.options.std is not None
-        statistics = {"mean": 0.0, "std": 1.0, "channel_axis": 0} if normalised else {}
+        compared = normalised or self.options.in_chans == 3
+        statistics = {"mean": 0.0, "std": 1.0, "channel_axis": 0} if compared else {}
         classes = self.options.num_classes if self.options.num_classes > 1 else None
         return {"inputs": FieldSpec(**statistics), "targets": FieldSpec(classes=classes)}
 

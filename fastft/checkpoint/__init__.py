@@ -1,6 +1,5 @@
 """Checkpoints: reading anyone's weights, loading them into a model, saving and resuming a run."""
 
-from fastft.checkpoint.atomic import write_file_atomically
 from fastft.checkpoint.folder import (
     Saved,
     best_checkpoint,
@@ -9,7 +8,6 @@ from fastft.checkpoint.folder import (
     load_checkpoint,
     read_meta,
 )
-from fastft.checkpoint.formats import write_safetensors
 from fastft.checkpoint.load import LoadReport, load_weights
 from fastft.checkpoint.read import Weights, read_weights
 from fastft.checkpoint.save import save_checkpoint
@@ -28,6 +26,4 @@ __all__ = [
     "read_meta",
     "read_weights",
     "save_checkpoint",
-    "write_file_atomically",
-    "write_safetensors",
 ]

@@ -157,7 +157,9 @@ def check_files(folder: Path, *names: str) -> None:
         elif found != files[name]:
             problems.append(f"{path}: must be as it was saved; got other content (checksum)")
     if problems:
-        problems[-1] += "; go on from another checkpoint of the run"
+        others = [other for other in whole_checkpoints(folder.parent.parent) if other != folder]
+        instead = f"go on from {others[-1].name}" if others else "start the run anew"
+        problems[-1] += f"; remove the folder {folder} to {instead}"
         raise CheckpointError(problems)
 
 

@@ -53,16 +53,6 @@ class LoadReport:
     casts: Mapping[str, int]
     shapes: Mapping[str, str]
 
-    def summary(self) -> str:
-        """One line for a log."""
-        counts = [f"{len(self.new)} in new heads", *self._differences()]
-        notes = [note for note, given in self._notes() if given]
-        tail = "".join(f"; {note}" for note in notes)
-        return (
-            f"{self.path}: {len(self.loaded)} tensors loaded ({self.coverage:.1%} of the values"
-            f" outside new heads), {', '.join(counts)}{tail}"
-        )
-
     def table(self) -> Table:
         """The report for a terminal."""
         table = Table("", "tensors", "", title=Text(str(self.path)), title_justify="left")
@@ -76,10 +66,6 @@ class LoadReport:
             if given:
                 table.add_row("note", "", Text(note))
         return table
-
-    def _differences(self) -> list[str]:
-        kinds = ("missing", "unexpected", "mismatched")
-        return [f"{len(getattr(self, kind))} {kind}" for kind in kinds]
 
     def _notes(self) -> list[tuple[str, object]]:
         casts = ", ".join(f"{count} {cast}" for cast, count in self.casts.items())

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft import __version__
-from fastft.checkpoint.atomic import (
-    remove_leftovers,
-    remove_whole,
-    writing_explained,
-    written_whole,
-)
+from fastft.atomic import remove_leftovers, remove_whole, writing_explained, written_whole
 from fastft.checkpoint.folder import (
     EMA,
     META,

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from torch import Tensor
@@ -70,14 +71,25 @@ def _file_rows(weights: Weights) -> list[tuple[str, str]]:
 
 
 def _likely_heads(tensors: Mapping[str, Tensor], count: int = 4) -> list[tuple[str, str]]:
-    """(module, weight shape) of matrices whose names say head, or else of the last matrix."""
+    """(module, weight shape) of matrices whose names say head, or else of the last matrix.
+
+    Below a number, as in `blocks.0.fc`, such a name is a repeated block's own.
+    """
     matrices = [n for n, t in tensors.items() if t.dim() >= 2 and n.endswith("weight")]
     matrices.sort(key=_natural)
-    named = [n for n in matrices if any(_HEAD.match(part) for part in n.split("."))]
+    named = [
+        name
+        for name in matrices
+        if any(_HEAD.match(part) for part in takewhile(_is_word, name.split(".")))
+    ]
     return [
         (name.rpartition(".")[0] or name, str(list(tensors[name].shape)))
         for name in (named or matrices[-1:])[-count:]
     ]
+
+
+def _is_word(part: str) -> bool:
+    return not part.isdigit()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -88,3 +88,12 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        """Refuses settings of different sections that exclude each other."""
+        warmup = self.optim.schedule.warmup_steps
+        if warmup >= self.run.steps:
+            raise ValueError(
+                f"optim.schedule.warmup_steps: must be below run.steps; got {warmup} of"
+                f" {self.run.steps}; lower it"
+            )

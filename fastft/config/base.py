@@ -10,7 +10,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[DecayRate, DecayRate]
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 
 

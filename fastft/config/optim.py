@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from fastft.config.base import (
     Betas,
     Count,
+    DecayRate,
     Fraction,
     NonNegative,
     Patterns,
@@ -52,9 +53,9 @@ class OptimConfig:
     ] = 0.0
     betas: Annotated[Betas, describe("adam, adamw: decay rates of the moments.")] = (0.9, 0.999)
     eps: Annotated[Positive, describe("adam, adamw, rmsprop: added to the denominator.")] = 1e-8
-    momentum: Annotated[Fraction, describe("sgd, rmsprop.")] = 0.9
+    momentum: Annotated[DecayRate, describe("sgd, rmsprop.")] = 0.9
     nesterov: Annotated[bool, describe("sgd.")] = False
-    alpha: Annotated[Fraction, describe("rmsprop: decay rate of the squared gradient.")] = 0.99
+    alpha: Annotated[DecayRate, describe("rmsprop: decay rate of the squared gradient.")] = 0.99
     decay_norms_and_biases: Annotated[
         bool, describe("Also decay parameters of one dimension: norms and biases.")
     ] = False
@@ -69,3 +70,5 @@ class OptimConfig:
         """Refuses settings that exclude each other."""
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; got 0; set it or drop nesterov")
+        if self.name not in ("adam", "adamw") and any(rule.betas for rule in self.groups):
+            raise ValueError(f"betas in groups need adam or adamw; got {self.name}; drop them")

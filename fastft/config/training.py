@@ -14,7 +14,7 @@ class RunSection:
 
     folder: Annotated[Path, describe("Run folder: logs, checkpoints, the resolved run file.")]
     steps: Annotated[Count, describe("Optimizer steps in all.")]
-    seed: Annotated[int, describe("Seed of weights, data order and dropout.", ge=0)] = 0
+    seed: Annotated[int, describe("Seed of weights, data order and dropout.", ge=0, lt=2**63)] = 0
     device: Annotated[
         str, describe("'auto', 'cpu', 'cuda' or 'cuda:N'.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     ] = "auto"
@@ -31,7 +31,13 @@ class StepConfig:
         Literal["auto", "fp32", "tf32", "bf16", "fp16"],
         describe("'auto': bf16 autocast on a GPU that has it, fp32 elsewhere."),
     ] = "auto"
-    accumulate: Annotated[Count, describe("Micro-batches per optimizer step.")] = 1
+    accumulate: Annotated[
+        Count,
+        describe(
+            "Micro-batches per optimizer step; the loss is the mean of their losses, which differs"
+            " from one large batch where labels are ignored or weighted unevenly."
+        ),
+    ] = 1
     compile: Annotated[
         Literal["off", "blocks", "model"],
         describe("torch.compile: each repeated block, or the whole model."),

@@ -2,9 +2,6 @@
 
 from fastft.data.checks import check_data as check_data
 from fastft.data.checks import describe_findings as describe_findings
-from fastft.data.checks import run_checks as run_checks
 from fastft.data.loader import SourceLoader as SourceLoader
 from fastft.data.loader import open_evaluation as open_evaluation
 from fastft.data.loader import open_loader as open_loader
-from fastft.data.sources import OpenSource as OpenSource
-from fastft.data.sources import open_source as open_source

@@ -65,7 +65,12 @@ def run_checks(
         )
     scans = [scan_source(source, fields, config.max_samples) for source in sources]
     gathered = Scans(scans, fields, config)
-    findings = [f for check in CORE_CHECKS.values() for f in check(gathered)]
+    findings = [
+        finding
+        for name, check in CORE_CHECKS.items()
+        if name not in config.ignore
+        for finding in check(gathered)
+    ]
     samples = CheckData(
         [(s.source.name, s.source.split, SeededSamples(s.source, s.indices)) for s in scans], fields
     )

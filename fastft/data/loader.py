@@ -3,11 +3,17 @@
 Any number of workers and any restart point give the same bits: `order` says what a batch holds,
 and the global random generators are seeded from the sample's number in the stream before each
 read and transform, in a worker or in the main process alike.
+
+Workers ignore SIGTERM and SIGINT, which schedulers and terminals send to all processes of a run:
+the main process decides when the run ends.
 """
 
+import atexit
+import signal
 import sys
 import weakref
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +26,8 @@ from fastft.data.randomness import Stream, preserved_globals, seed_globals
 from fastft.data.sources import OpenSource, open_sources
 from fastft.errors import DataError
 from fastft.task import Adapter, Batch, Split
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class SourceLoader:
         self._order = order
         self._options = options
         self._running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+        _loaders.add(self)
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps `first`, `first + 1`, ...
@@ -85,20 +94,22 @@ class SourceLoader:
 
     def _read(self, first: int) -> Generator[Batch]:
         workers = self._options.workers
-        iterator = iter(
-            DataLoader(
-                self._reader,
-                batch_size=None,
-                sampler=self._order.batches(first),  # pyright: ignore[reportArgumentType]
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                pin_memory=self._options.pin_memory,
-                prefetch_factor=self._options.prefetch if workers else None,
-                multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-                # Otherwise each iterator draws its workers' seed from the global generator.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._order.batches(first),  # pyright: ignore[reportArgumentType]
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._options.pin_memory,
+            prefetch_factor=self._options.prefetch if workers else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            worker_init_fn=_ignore_stop_signals,
+            # Otherwise each iterator draws its workers' seed from the global generator.
+            generator=torch.Generator(),
         )
+        # Workers are forked with the signals blocked: none dies before it ignores them.
+        with _stop_signals_blocked():
+            iterator = iter(loader)
         try:
             for batch in iterator:
                 yield _unwrap(batch)
@@ -107,6 +118,20 @@ class SourceLoader:
             # long as someone keeps a traceback.
             if workers:
                 getattr(iterator, "_shutdown_workers")()  # noqa: B009
+                # It ends workers that are stuck by SIGTERM.
+                for worker in getattr(iterator, "_workers"):  # noqa: B009
+                    worker.kill()
+
+
+_loaders: weakref.WeakSet[SourceLoader] = weakref.WeakSet()
+
+
+# Before multiprocessing's own handler, which was registered earlier: that one ends workers by
+# SIGTERM and waits for them.
+@atexit.register
+def _close_loaders() -> None:
+    for loader in list(_loaders):
+        loader.close()
 
 
 class _BatchReader(Dataset[Batch | DataError]):
@@ -200,6 +225,20 @@ def _unwrap(batch: Batch | DataError) -> Batch:
     if isinstance(batch, DataError):
         raise batch
     return batch
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:

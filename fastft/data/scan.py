@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from fastft.data.randomness import Stream, preserved_globals, seed_globals
-from fastft.data.sources import OpenSource
+from fastft.data.sources import ArrayData, OpenSource
 from fastft.data.statistics import ChannelStatistics
 from fastft.errors import AdapterError, DataError
 from fastft.task import FieldSpec, Sample
+
+# Arrays of at most this size are hashed whole: that takes some seconds.
+HASHED_BYTES = 4 * 2**30
 
 
 @dataclass
@@ -107,7 +110,7 @@ class SourceScan:
         indices: the samples that could be read.
         fields: by name.
         unreadable: samples that could not be read.
-        digests: hash of the inputs -> first sample with it.
+        digests: hash of the inputs -> first sample with it, of the samples in `indices`.
     """
 
     source: OpenSource
@@ -175,6 +178,26 @@ def scan_source(source: OpenSource, specs: Mapping[str, FieldSpec], max_samples:
                 scan.fields[name] = FieldScan(specs.get(name, FieldSpec()))
             scan.fields[name].add(index, value)
     return scan
+
+
+def all_digests(scan: SourceScan, specs: Mapping[str, FieldSpec]) -> tuple[dict[bytes, int], float]:
+    """Hashes of as many samples as is cheap, each with its first sample, and these samples' share.
+
+    All samples of arrays up to `HASHED_BYTES`; of other data sets those that `scan_source` read.
+    """
+    source, read = scan.source, len(scan.indices) / len(scan.source)
+    raw = source.raw
+    if scan.complete or not scan.digests or not isinstance(raw, ArrayData):
+        return scan.digests, read
+    first = digest(source.read(0), specs)
+    # Without hashable arrays before the transform, `scan_source` hashed what comes after it.
+    if first is None or sum(array.nbytes for array in raw.arrays.values()) > HASHED_BYTES:
+        return scan.digests, read
+    digests: dict[bytes, int] = {}
+    for index in range(len(source)):
+        if found := digest(raw[index], specs):
+            digests.setdefault(found, index)
+    return digests, 1.0
 
 
 def digest(sample: Sample, specs: Mapping[str, FieldSpec]) -> bytes | None:

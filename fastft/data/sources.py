@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -208,11 +208,17 @@ def _open_npz(where: str, source: DataSource) -> ArrayData:
                     f"{nearest(name, sorted(stored))}"
                     for name in unknown
                 )
+            if unfit := list(_unfit_arrays(archive, fields.values())):
+                raise DataError(
+                    f"{where}: {name}: arrays must hold numbers, or one text per sample; got {got};"
+                    " store them as numbers, such as class indices, or seconds for times"
+                    for name, got in unfit
+                )
             arrays = {
                 field: _read_array(source.path, archive, name) for field, name in fields.items()
             }
     except (*READ_ERRORS, ValueError) as error:
-        advice = "write it again with numpy.savez, without object arrays"
+        advice = "write it again with numpy.savez"
         raise DataError(unreadable(where, "be a whole .npz file", error, advice)) from error
     if not arrays:
         raise DataError(f"{where}: must hold arrays; got none; write it with numpy.savez")
@@ -226,21 +232,38 @@ def _open_npz(where: str, source: DataSource) -> ArrayData:
     return ArrayData(arrays)
 
 
+def _unfit_arrays(archive: zipfile.ZipFile, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Arrays that torch's collate cannot stack: their names, and what they hold."""
+    for name in names:
+        with archive.open(f"{name}.npy") as member:
+            shape, _, dtype = _read_header(member)
+        is_text = dtype.kind in "SU" and len(shape) < 2
+        if dtype.kind not in "biufc" and not is_text:
+            yield name, f"{dtype} {list(shape)}"
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype of a member that is left at its data."""
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    # Version 3 has UTF-8 in the names of a structured dtype's fields, which is refused anyway.
+    return np.lib.format.read_array_header_2_0(member)
+
+
 def _read_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """An array of an `.npz` file: mapped where `numpy.savez` stored it as it is, else in memory.
 
     Raises:
-        ValueError: an object array, or a broken header.
+        ValueError: a broken header.
     """
     info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version == (1, 0) and info.compress_type == zipfile.ZIP_STORED:
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            if np.prod(shape) and not dtype.hasobject:
-                start = _member_start(path, info) + member.tell()
-                order = "F" if fortran else "C"
-                return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order=order)
+    if info.compress_type == zipfile.ZIP_STORED:
+        with archive.open(info) as member:
+            shape, fortran, dtype = _read_header(member)
+            start = _member_start(path, info) + member.tell()
+        if np.prod(shape):
+            order = "F" if fortran else "C"
+            return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order=order)
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 

@@ -1,8 +1,8 @@
 """`for step in ...`, and the hooks that are due."""
 
-from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook, check_monitor
+from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook, check_evaluation
 from fastft.loop.progress import Progress
-from fastft.loop.scoring import score
+from fastft.loop.scoring import rehearse, score
 from fastft.loop.state import TrainingState, find_resumed
 from fastft.loop.steps import Hook, run_loop
 
@@ -14,8 +14,9 @@ __all__ = [
     "SaveHook",
     "TrainingState",
     "UnfreezeHook",
-    "check_monitor",
+    "check_evaluation",
     "find_resumed",
+    "rehearse",
     "run_loop",
     "score",
 ]

@@ -16,7 +16,6 @@ from fastft.loop.progress import Progress, peak_memory_gib
 from fastft.loop.scoring import score
 from fastft.loop.state import TrainingState
 from fastft.metrics import MetricWriter
-from fastft.optim import Optimizer
 from fastft.step import StepResult, TrainingStep
 from fastft.task import Loader, Metric
 
@@ -26,15 +25,30 @@ def is_due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and done % every == 0)
 
 
-def check_monitor(config: RunConfig, metrics: Mapping[str, Metric]) -> None:
-    """Refuses a `checkpoint.monitor` that no evaluation will report.
+def check_evaluation(config: RunConfig, metrics: Mapping[str, Metric]) -> None:
+    """Refuses settings of an evaluation that will not be, or not report what they ask for.
 
     Raises:
-        ConfigError: it is neither 'loss' nor one of the metrics, or a class of one.
+        ConfigError: settings without validation data, or a `checkpoint.monitor` that is no value.
     """
-    known = ["loss", *metrics]
+    if not config.data.validation:
+        idle = {
+            "evaluate.metrics": bool(config.evaluate.metrics),
+            "evaluate.every_steps": config.evaluate.every_steps is not None,
+            "checkpoint.monitor": config.checkpoint.monitor != "loss",
+        }
+        if any(idle.values()):
+            raise ConfigError(
+                f"{key}: needs data to evaluate on; data.validation is empty; add it or drop this"
+                for key, is_set in idle.items()
+                if is_set
+            )
+        return
+    per_class = {entry.name for entry in config.evaluate.metrics if entry.per_class}
     monitor = config.checkpoint.monitor
-    if not any(monitor == name or monitor.startswith(f"{name}/") for name in known):
+    name, of_class, _ = monitor.partition("/class_")
+    known = ["loss", *metrics]
+    if monitor not in known and not (of_class and name in per_class):
         raise ConfigError(
             f"checkpoint.monitor: must be a value that evaluation reports; got '{monitor}'"
             f"{nearest(monitor, known)}"
@@ -51,13 +65,12 @@ class LogHook:
     def __init__(
         self,
         step: TrainingStep,
-        optimizer: Optimizer,
         writer: MetricWriter,
         progress: Progress,
         config: RunConfig,
         samples_per_pass: int,
     ) -> None:
-        self._step, self._optimizer = step, optimizer
+        self._step = step
         self._writer, self._progress = writer, progress
         # Before an evaluation or a save too: the steps' work is then waited for here, not there.
         self._periods = [
@@ -69,8 +82,10 @@ class LogHook:
         self._samples_per_pass = samples_per_pass
         self._losses: list[Tensor] = []
         self._samples = 0
+        self._first = True
         self._counted_seconds = 0.0
-        self._nonfinite = 0.0
+        # Not 0 where the run goes on.
+        self._nonfinite = step.guard.counters()["nonfinite"].item()
 
     def __call__(self, done: int, result: StepResult, samples: int) -> None:
         """Collects; at a log point, reads."""
@@ -85,7 +100,7 @@ class LogHook:
         began = time.perf_counter()
         values = _read(
             {
-                "train/loss": torch.stack(self._losses).mean(),
+                "train/loss": _finite_mean(torch.stack(self._losses)),
                 **{f"train/{name}": part for name, part in result.parts.items()},
                 "gradients/norm": result.verdict.norm,
                 **{f"gradients/{name}": norm for name, norm in norms.items()},
@@ -100,7 +115,7 @@ class LogHook:
         values["speed/samples_per_second"] = self._samples / max(seconds, 1e-9)
         values["memory/peak_gib"] = peak_memory_gib(result.loss.device)
         values["train/passes"] = done * samples / self._samples_per_pass
-        for name, lr in self._optimizer.learning_rates(done - 1).items():
+        for name, lr in self._step.optimizer.learning_rates(done - 1).items():
             values[f"lr/{name}"] = lr
         self._writer.write(done, values)
         self._progress.report(done, values)
@@ -108,6 +123,13 @@ class LogHook:
         self._losses, self._samples = [], 0
 
     def _warn(self, done: int, values: Mapping[str, float]) -> None:
+        untouched = self._step.untouched_names() if self._first else []
+        self._first = False
+        if untouched:
+            self._progress.message(
+                f"step {done}: {len(untouched)} trained tensors have had no gradient so far, as"
+                f" {untouched[0]}; freeze them if the loss does not need them"
+            )
         new = values["gradients/nonfinite"] - self._nonfinite
         self._nonfinite = values["gradients/nonfinite"]
         names = self._step.guard.take_bad_names() if new > 0 else []
@@ -124,6 +146,12 @@ class LogHook:
                 " the limit and earlier checkpoints are intact; lower optim.lr, set"
                 " gradients.clip_norm, or check the data"
             )
+
+
+def _finite_mean(losses: Tensor) -> Tensor:
+    """The mean over the steps with a finite loss, NaN without any."""
+    finite = torch.isfinite(losses)
+    return torch.where(finite, losses, 0).sum() / finite.sum()
 
 
 def _read(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -147,13 +175,11 @@ class EvaluateHook:
         metrics: Mapping[str, Metric],
         writer: MetricWriter,
         progress: Progress,
-        *,
-        every: int | None,
-        total: int,
+        config: RunConfig,
     ) -> None:
         self._state, self._loader, self._metrics = state, loader, metrics
         self._writer, self._progress = writer, progress
-        self._every, self._total = every, total
+        self._every, self._total = config.evaluate.every_steps, config.run.steps
         self.values: dict[str, float] = {}
         self.done = 0
 
@@ -164,7 +190,6 @@ class EvaluateHook:
         task, ema = self._state.task, self._state.ema
         with ema.swapped_in() if ema else contextlib.nullcontext():
             self.values = score(task, self._loader, self._metrics, self._state.step.precision)
-        set_train_mode(task.model)
         self.done = done
         self._writer.write(done, {f"validation/{k}": v for k, v in self.values.items()})
         shown = "  ".join(f"{k} {v:.4g}" for k, v in self.values.items() if "/class_" not in k)
@@ -175,9 +200,14 @@ class SaveHook:
     """Saves every N steps, at the end, and where an evaluation is the best so far."""
 
     def __init__(
-        self, state: TrainingState, config: RunConfig, evaluation: EvaluateHook | None
+        self,
+        state: TrainingState,
+        config: RunConfig,
+        evaluation: EvaluateHook | None,
+        progress: Progress,
     ) -> None:
-        self._state, self._evaluation = state, evaluation
+        self._state, self._evaluation, self._progress = state, evaluation, progress
+        self._saved = 0
         self._folder = config.run.folder
         self._config, self._total = config.checkpoint, config.run.steps
         best = best_checkpoint(self._folder)
@@ -191,7 +221,22 @@ class SaveHook:
             self.save_now(done)
 
     def save_now(self, done: int) -> None:
-        """Saves with the values of this step's evaluation, if there was one."""
+        """Saves with the values of this step's evaluation, if there was one; once per step.
+
+        Raises:
+            TrainingStopped: the last step leaves weights that are not finite. Before that, a save
+                of such weights is left out, so that it cannot push out a good one.
+        """
+        if self._saved == done:
+            return
+        bad = self._state.nonfinite_names()
+        if bad:
+            problem = f"step {done}: {len(bad)} tensors are not finite, as {bad[0]}; not saved"
+            if done == self._total:
+                raise TrainingStopped(f"{problem}; earlier checkpoints are intact")
+            self._progress.message(problem)
+            return
+        self._saved = done
         evaluation = self._evaluation
         metrics = evaluation.values if evaluation and evaluation.done == done else {}
         save_checkpoint(
@@ -220,14 +265,17 @@ class SaveHook:
 class UnfreezeHook:
     """Makes staged parameters trainable when their step comes."""
 
-    def __init__(self, model: nn.Module, staged: Mapping[str, int], progress: Progress) -> None:
-        self._model, self._staged, self._progress = model, staged, progress
+    def __init__(
+        self, model: nn.Module, staged: Mapping[str, int], method: str, progress: Progress
+    ) -> None:
+        self._model, self._staged, self._method = model, staged, method
+        self._progress = progress
 
     def __call__(self, done: int, result: StepResult, samples: int) -> None:
         """Unfreezes what step `done` (0-based: the next one) trains."""
         names = unfreeze(self._model, self._staged, done)
         if names:
-            set_train_mode(self._model)
+            set_train_mode(self._model, self._method)
             self._progress.message(
                 f"step {done}: {len(names)} parameters unfrozen: {names[0]}, ..."
             )

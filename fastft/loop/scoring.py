@@ -1,34 +1,74 @@
 """Evaluation of a task on a loader: mean loss and metrics."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 from fastft.metrics import MeanLoss
+from fastft.runtime import rng_state, set_rng_state
 from fastft.step import Precision, compute_loss
-from fastft.task import Loader, Metric, Task
+from fastft.task import Batch, Loader, Metric, Task
 
 
 @torch.no_grad()
 def score(
     task: Task, loader: Loader, metrics: Mapping[str, Metric], precision: Precision
 ) -> dict[str, float]:
-    """One pass over a loader in eval mode; the caller puts the model back into train mode.
+    """One pass over a loader in eval mode.
 
     Returns:
         'loss', a mean over samples, and what the metrics report.
     """
-    task.model.eval()
     mean_loss = MeanLoss(precision.device)
     for metric in metrics.values():
         metric.reset()
-    for host_batch in loader.batches():
-        batch = host_batch.to(precision.device)
-        loss = compute_loss(task.loss, task.model, batch, precision)
-        mean_loss.update(loss.total, batch.size)
-        for metric in metrics.values():
-            metric.update(loss.predictions, batch)
+    with evaluating(task.model):
+        for batch in loader.batches():
+            _update(task, batch, metrics, precision, mean_loss)
     values = {"loss": mean_loss.compute()}
     for metric in metrics.values():
         values.update(metric.compute())
     return values
+
+
+@torch.no_grad()
+def rehearse(
+    task: Task, loader: Loader, metrics: Mapping[str, Metric], precision: Precision
+) -> None:
+    """Evaluates one batch, so that what is wrong with it shows before the first step and not after
+    the last. Leaves metrics, modes and random generators as they were."""
+    generators = rng_state(precision.device)
+    with evaluating(task.model):
+        _update(task, loader.example(), metrics, precision, MeanLoss(precision.device))
+    for metric in metrics.values():
+        metric.compute()
+        metric.reset()
+    set_rng_state(generators, precision.device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _update(
+    task: Task,
+    host_batch: Batch,
+    metrics: Mapping[str, Metric],
+    precision: Precision,
+    mean_loss: MeanLoss,
+) -> None:
+    batch = host_batch.to(precision.device)
+    loss = compute_loss(task.loss, task.model, batch, precision)
+    mean_loss.update(loss.total, batch.size)
+    for metric in metrics.values():
+        metric.update(loss.predictions, batch)

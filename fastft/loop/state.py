@@ -11,8 +11,7 @@ from torch import Tensor
 from fastft.checkpoint import Saved, latest_checkpoint, read_meta
 from fastft.config import RunConfig
 from fastft.errors import ConfigError
-from fastft.names import load_state_dict, state_dict
-from fastft.optim import Optimizer
+from fastft.names import load_state_dict, named_parameters, state_dict
 from fastft.runfile import read_run_file, to_tree
 from fastft.runtime import RUN_FILE, rng_state, set_rng_state
 from fastft.step import Ema, TrainingStep
@@ -21,13 +20,17 @@ from fastft.task import Task
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parts of a run that change from step to step. The data's place is the step itself."""
+    """The parts of a run that change from step to step. The data's place is the step itself.
+
+    Attributes:
+        data: training data sets and how many samples they have, which must stay the same.
+    """
 
     task: Task
-    optimizer: Optimizer
     step: TrainingStep
     ema: Ema | None
     device: torch.device
+    data: Mapping[str, int]
 
     def model_state(self) -> dict[str, Tensor]:
         """The model's tensors, by name in the unwrapped model."""
@@ -35,14 +38,27 @@ class TrainingState:
 
     def ema_state(self) -> dict[str, Tensor] | None:
         """The averaged weights with the model's other tensors, so that they load on their own."""
-        return {**self.model_state(), **self.ema.average} if self.ema else None
+        if self.ema is None:
+            return None
+        model, average = self.task.model, self.ema.average
+        by_parameter = {id(p): average.get(name) for name, p in named_parameters(model)}
+        # Under every name of a tied parameter, or loading would mix average and weight.
+        tied = ((name, by_parameter[id(p)]) for name, p in named_parameters(model, tied=True))
+        return {**self.model_state(), **{name: a for name, a in tied if a is not None}}
+
+    def nonfinite_names(self) -> list[str]:
+        """Parameters that hold NaN or Inf; waits for the device."""
+        named = dict(named_parameters(self.task.model))
+        bad = torch.stack([~torch.isfinite(p.detach()).all() for p in named.values()]).tolist()
+        return [name for name, is_bad in zip(named, bad, strict=True) if is_bad]
 
     def training_state(self) -> dict[str, Any]:
         """Everything else: optimizer, loss scale and counters, random generators."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
             "guard": self.step.guard.state_dict(),
             "rng": rng_state(self.device),
+            "data": dict(self.data),
         }
 
     def restore(self, saved: Saved) -> int:
@@ -50,9 +66,16 @@ class TrainingState:
 
         Raises:
             CheckpointError: it holds another model or other trained parameters.
+            ConfigError: the training data changed.
         """
+        began = saved.training["data"]
+        if began != self.data:
+            raise ConfigError(
+                f"data.train: must stay as the run began, or its order is lost; it had"
+                f" {_sizes(began)} samples, now {_sizes(self.data)}; restore it or start a new run"
+            )
         load_state_dict(self.task.model, saved.model, where="checkpoint")
-        self.optimizer.load_state_dict(saved.training["optimizer"])
+        self.step.optimizer.load_state_dict(saved.training["optimizer"])
         self.step.guard.load_state_dict(saved.training["guard"])
         if self.ema is not None and saved.ema is not None:
             for name, average in self.ema.average.items():
@@ -62,16 +85,18 @@ class TrainingState:
 
 
 # What may differ when a run goes on: where it runs, how far, and how it is watched.
-_FREE = ("run.steps", "run.device", "data.workers", "data.prefetch", "data.checks", "evaluate",
-         "checkpoint", "log", "model.checkpoint", "data.validation", "data.test")  # fmt: skip
+_FREE = (
+    *("run.folder", "run.steps", "run.device", "evaluate", "checkpoint", "log", "model.checkpoint"),
+    *("data.workers", "data.prefetch", "data.checks", "data.validation", "data.test"),
+)
 
 
 def find_resumed(config: RunConfig) -> Path | None:
     """The checkpoint that the run goes on from, None where it starts anew.
 
     Raises:
-        ConfigError: the folder holds a run and `checkpoint.resume` is 'never', the run is finished,
-            or its settings were others.
+        ConfigError: the folder holds a run and `checkpoint.resume` is 'never', or its settings were
+            others.
     """
     folder = config.run.folder
     latest = latest_checkpoint(folder)
@@ -82,11 +107,6 @@ def find_resumed(config: RunConfig) -> Path | None:
         raise ConfigError(
             f"run.folder: '{folder}' holds a run at step {step}; go on with it with --resume, or"
             " choose another folder"
-        )
-    if step >= config.run.steps:
-        raise ConfigError(
-            f"run.steps: '{folder}' is at step {step} already, of {config.run.steps} asked for;"
-            " raise run.steps or choose another folder"
         )
     began = dict(_flat(to_tree(read_run_file(folder / RUN_FILE))))
     now = dict(_flat(to_tree(config)))
@@ -100,6 +120,10 @@ def find_resumed(config: RunConfig) -> Path | None:
     if changed:
         raise ConfigError(changed)
     return latest
+
+
+def _sizes(data: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in data.items())
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

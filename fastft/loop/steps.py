@@ -1,10 +1,11 @@
 """The loop over optimizer steps."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from fastft.errors import TrainingInterrupted
+from fastft.errors import TrainingInterrupted, TrainingStopped
 from fastft.loop.hooks import SaveHook
 from fastft.loop.progress import Progress
 from fastft.runtime import Run
@@ -40,24 +41,38 @@ def run_loop(
 ) -> None:
     """Runs `steps`; each takes `accumulate` batches and is followed by the hooks.
 
+    From here on a signal lets the step finish.
+
+    Args:
+        saving: one of the hooks; also saves where a signal or a failing hook ends the run.
+
     Raises:
         TrainingInterrupted: a signal came; the step it came in is finished and saved.
     """
-    for index in steps:
-        began = time.perf_counter()
-        micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
-        result = step(index, micro_batches)
-        if ema is not None:
-            ema.update(index)
-        done = index + 1
-        samples = sum(batch.size for batch in micro_batches)
-        progress.step_seconds += time.perf_counter() - began
-        progress.advance(done)
-        for hook in hooks:
-            hook(done, result, samples)
-        if run.signals.received is not None and done < steps.stop:
-            saving.save_now(done)
-            raise TrainingInterrupted(
-                f"{run.signals.received}: stopped after step {done} of {steps.stop} and saved it;"
-                " the same command with --resume goes on from there"
-            )
+    with run.signals as signals:
+        for index in steps:
+            began = time.perf_counter()
+            micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
+            result = step(index, micro_batches)
+            if ema is not None:
+                ema.update(index)
+            done = index + 1
+            samples = sum(batch.size for batch in micro_batches)
+            progress.step_seconds += time.perf_counter() - began
+            progress.advance(done)
+            try:
+                for hook in hooks:
+                    hook(done, result, samples)
+            except TrainingStopped:
+                raise
+            except Exception:
+                # A failing evaluation must not cost the training before it.
+                with contextlib.suppress(Exception):
+                    saving.save_now(done)
+                raise
+            if signals.received is not None and done < steps.stop:
+                saving.save_now(done)
+                raise TrainingInterrupted(
+                    f"{signals.received}: stopped after step {done} of {steps.stop} and saved it;"
+                    " the same command with --resume goes on from there"
+                )

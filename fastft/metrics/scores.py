@@ -1,7 +1,7 @@
 """The run file's metrics, and the mean validation loss: torchmetrics on the device.
 
-Class scores make the host wait for the device at each update. All ranks must call `compute`
-together: it adds what they counted.
+Class scores make the host wait for the device at each update. All ranks must call the metrics'
+`compute` together: it adds what they counted. `MeanLoss` knows its own rank's batches only.
 """
 
 import importlib
@@ -95,7 +95,7 @@ class MeanError:
         operands = pick_operands(self._config, predictions, batch.data, where)
         prediction, target = same_shape(*operands, where)
         # Flat, because torchmetrics takes a `view`, which strided outputs refuse.
-        self._metric.update(prediction.float().reshape(-1), target.float().reshape(-1))
+        self._metric.update(prediction.double().reshape(-1), target.double().reshape(-1))
 
     def compute(self) -> Mapping[str, float]:
         """The error in the target's unit."""

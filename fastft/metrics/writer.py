@@ -1,17 +1,19 @@
 """Numbers of a run on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard events."""
 
+import contextlib
 import json
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from fastft.atomic import writing_explained, written_whole
+from fastft.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
@@ -22,25 +24,28 @@ def open_writer(folder: Path, *, tensorboard: bool, first_step: int) -> "MetricW
     What an interrupted run wrote after its last checkpoint is dropped, so that every step is
     logged once: lines of later steps and a line cut short by a kill. TensorBoard is told to ignore
     later events.
+
+    Raises:
+        CheckpointError: the disk refused; an earlier log is as before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     last_step = first_step if first_step else -1
     path = folder / "metrics.jsonl"
-    if path.exists():
-        _drop_after(path, last_step)
-    events = None
-    if tensorboard:
-        # Imported here: it takes a second, and runs without TensorBoard need not wait.
-        from torch.utils.tensorboard import SummaryWriter
-
-        events = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1, flush_secs=10)
-    return MetricWriter(path, events, first_step)
+    with writing_explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_after(path, last_step)
+        events = _EventFile(folder / "tensorboard", last_step + 1) if tensorboard else None
+        return MetricWriter(path, events, first_step)
 
 
 class MetricWriter:
-    """Appends to the logs of a run; a context manager that closes them. See `open_writer`."""
+    """Appends to the logs of a run; a context manager that closes them. See `open_writer`.
 
-    def __init__(self, path: Path, events: "SummaryWriter | None", first_step: int) -> None:
+    Every method raises CheckpointError where the disk refuses.
+    """
+
+    def __init__(self, path: Path, events: "_EventFile | None", first_step: int) -> None:
+        self._path = path
         self._lines = path.open("a", encoding="utf-8")
         self._events = events
         self._first_step = first_step
@@ -55,22 +60,24 @@ class MetricWriter:
         numbers = {k: float(v) for k, v in values.items()}
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
-        if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, step)
+        with writing_explained(self._path):
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self._lines.flush()
+            if self._events is not None:
+                self._events.add_scalars(step, numbers)
 
     def text(self, tag: str, markdown: str) -> None:
         """Shows a text in TensorBoard, at the first step; without TensorBoard does nothing."""
         if self._events is not None:
-            self._events.add_text(tag, markdown, self._first_step)
+            with writing_explained(self._path):
+                self._events.add_text(self._first_step, tag, markdown)
 
     def close(self) -> None:
         """Closes both logs."""
-        self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        with writing_explained(self._path), contextlib.ExitStack() as stack:
+            stack.callback(self._lines.close)
+            if self._events is not None:
+                stack.callback(self._events.close)
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +88,52 @@ class MetricWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # After an error, what could not be written fails once more.
+        with contextlib.suppress(CheckpointError) if error else contextlib.nullcontext():
+            self.close()
+
+
+class _EventFile:
+    """A TensorBoard event file, written at once.
+
+    torch's SummaryWriter writes in a thread, which prints a traceback where the disk is full.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """Makes a file of its own; TensorBoard drops what others hold from `purge_step` on."""
+        # Imported here: it takes a second, and runs without TensorBoard need not wait.
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        # A module of protobuf, whose classes no type checker sees.
+        self._protocol: Any = event_pb2
+        self._summary = summary
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._add(0, file_version="brain.Event:2")
+        start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+        self._add(purge_step, session_log=start)
+        self._file.flush()
+
+    def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._summary.scalar(name, value))
+        self._file.flush()
+
+    def add_text(self, step: int, tag: str, markdown: str) -> None:
+        self._add(step, summary=self._summary.text(tag, markdown))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._protocol.Event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())
 
 
 def _drop_after(path: Path, last_step: int) -> None:
@@ -97,9 +149,5 @@ def _drop_after(path: Path, last_step: int) -> None:
             kept.append(line + b"\n")
     if unreadable:
         _log.warning("%s: dropped %d unreadable lines", path, unreadable)
-    rewritten = path.with_name(path.name + ".tmp")
-    with rewritten.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    rewritten.replace(path)
+    with written_whole(path) as rewritten:
+        rewritten.write_bytes(b"".join(kept))

@@ -277,3 +277,11 @@ def test_low_rank_updates_are_merged_into_the_export(fastft: Callable[..., Any])
     merged = fastft("evaluate", "run.toml", *settings, "--checkpoint", "out.safetensors")
     assert (merged.code, merged.errors) == (0, "")
     assert evaluation()["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_new_heads_start_anew_without_a_checkpoint_too(fastft: Callable[..., Any]) -> None:
+    heads = "finetune.new_heads={head={init='zero'}}"
+    assert fastft("train", "run.toml", "run.steps=1", "optim.lr=1e-30", heads).code == 0
+    state = safetensors.torch.load_file("run/checkpoints/step-00000001/model.safetensors")
+    assert not state["head.weight"].round(decimals=6).any()
+    assert state["stem.weight"].any()

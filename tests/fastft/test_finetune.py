@@ -140,7 +140,7 @@ def test_frozen_batch_norm_stands_still_and_trained_batch_norm_moves() -> None:
     for config, moves in ((of_types("BatchNorm2d"), False), (FinetuneConfig(), True)):
         task = make_task()
         apply_method(task, config)
-        set_train_mode(task.model)
+        set_train_mode(task.model, config.method)
         mean = encoder_of(task).bn.running_mean
         assert mean is not None
         before = mean.clone()
@@ -151,7 +151,7 @@ def test_frozen_batch_norm_stands_still_and_trained_batch_norm_moves() -> None:
 def test_a_probed_encoder_drops_nothing() -> None:
     task = make_task()
     apply_method(task, FinetuneConfig(method="probe"))
-    set_train_mode(task.model)
+    set_train_mode(task.model, "probe")
     assert not encoder_of(task).drop.training
     assert task.model.get_submodule("head").training
 
@@ -160,10 +160,10 @@ def test_a_batch_norm_without_parameters_follows_the_module_that_holds_it() -> N
     linear, norm = nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)
     model = nn.Sequential(nn.Sequential(linear, norm), nn.Linear(2, 2))
     linear.requires_grad_(False)
-    set_train_mode(model)
+    set_train_mode(model, "full")
     assert not norm.training
     linear.requires_grad_(True)
-    set_train_mode(model)
+    set_train_mode(model, "full")
     assert norm.training
 
 
@@ -203,3 +203,51 @@ def test_state_of_an_adapted_model_round_trips_by_clean_names() -> None:
     load_state_dict(models[1], state_dict(models[0]), where="test")
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_probed_encoder_drops_nothing_at_the_root_either() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    set_train_mode(model, "probe")
+    assert not model[1].training
+    assert model[2].training
+    set_train_mode(model, "full")
+    assert model[1].training
+
+
+def test_lora_leaves_out_what_attention_would_not_call() -> None:
+    """Trained, evaluated and exported, the model is one function."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    task = Task(model=nn.Sequential(layer, nn.Linear(8, 2)), loss=no_loss)
+    apply_method(task, FinetuneConfig(method="lora", lora=LoraConfig(rank=2)))
+    names = [name for name, p in named_parameters(task.model) if p.requires_grad]
+    assert any("linear1.lora_A" in name for name in names)
+    assert not any("out_proj" in name for name in names)
+    with torch.no_grad():
+        for name, parameter in named_parameters(task.model):
+            if "lora_B" in name:
+                parameter.normal_()
+    inputs = torch.randn(3, 5, 8)
+    trained = task.model.train()(inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(task.model.eval()(inputs), trained)
+        merge_lora(task.model)
+        torch.testing.assert_close(task.model.eval()(inputs), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_parameters_are_not_frozen_in_silence() -> None:
+    model = nn.Linear(2, 2)
+    model.spectral = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    task = Task(model=model, loss=no_loss)
+    with pytest.raises(ConfigError, match=r"cannot train complex parameters; got 'spectral'"):
+        apply_method(task, FinetuneConfig())
+    apply_method(task, FinetuneConfig(freeze=("spectral",), method="heads", heads=("weight",)))
+
+
+def test_only_low_rank_updates_are_trained_whatever_the_names() -> None:
+    model = nn.ModuleDict({"flora_embed": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
+    lora = LoraConfig(targets=("body",))
+    task = Task(model=model, loss=no_loss)
+    apply_method(task, FinetuneConfig(method="lora", lora=lora))
+    assert {n.split(".")[0] for n, p in named_parameters(model) if p.requires_grad} == {"body"}

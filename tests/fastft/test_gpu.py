@@ -90,13 +90,12 @@ def losses(config: RunConfig, steps: int) -> list[float]:
 
 
 def build(config: RunConfig):
-    assembled = assemble(config, CUDA, Console(file=io.StringIO()))
-    task = assembled.task
-    loader = open_loader(assembled.adapter, config.data, seed=0, device=CUDA)
+    task, adapter = assemble(config, CUDA, Console(file=io.StringIO()))
+    loader = open_loader(adapter, config.data, seed=0, device=CUDA)
     optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, config.run.steps)
     precision = make_precision(config.step.precision, CUDA)
     compile_task(task, config.step.compile, precision)
-    set_train_mode(task.model)
+    set_train_mode(task.model, "full")
     step = TrainingStep(task, optimizer, None, config.gradients, precision)
     return step, iter(loader.batches()), Ema(task.model, 0.99)
 

@@ -357,7 +357,7 @@ def test_penalties_count_the_parameters_that_are_trained_now() -> None:
         Penalty(kind="l2", match=("*.weight", "1.*"), weight=0.1),
         Penalty(kind="l1", match=("1.bias",), weight=2.0),
     )
-    penalty = make_penalty(LossConfig(penalties=penalties), model)
+    penalty = make_penalty(LossConfig(penalties=penalties), model, dict(model.named_parameters()))
     assert penalty is not None
     last = 0.1 * (head.weight.square().sum() + head.bias.square().sum())
     last = last + 2 * head.bias.abs().sum()
@@ -378,8 +378,11 @@ def test_a_penalty_on_nothing_is_an_error() -> None:
     )
     model = nn.ModuleDict({"head": nn.Linear(1, 1)})
     with pytest.raises(ConfigError) as caught:
-        make_penalty(LossConfig(penalties=penalties), model)
+        make_penalty(LossConfig(penalties=penalties), model, ["head.bias"])
     assert "did you mean 'head.weight'?" in caught.value.problems[0]
     assert "loss.penalties.1.match: '*.gamma' must match a parameter" in str(caught.value)
     assert len(caught.value.problems) == 2
-    assert make_penalty(LossConfig(), model) is None
+    frozen = Penalty(kind="l2", match=("head.weight",), weight=1.0)
+    with pytest.raises(ConfigError, match="all it matches are frozen, as 'head.weight'"):
+        make_penalty(LossConfig(penalties=(frozen,)), model, ["head.bias"])
+    assert make_penalty(LossConfig(), model, []) is None

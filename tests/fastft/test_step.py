@@ -1,11 +1,14 @@
 """One training step: accumulation, penalties, precision, compiled blocks, averaged weights."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from fastft.config import GradientsConfig, LossConfig, OptimConfig, Penalty, ScheduleConfig
 from fastft.errors import ConfigError
+from fastft.loop import TrainingState
 from fastft.losses import make_penalty
 from fastft.optim import Optimizer, make_groups
 from fastft.step import Ema, TrainingStep, compile_task, compute_loss, make_precision
@@ -78,7 +81,7 @@ def test_the_penalty_is_in_the_loss_and_its_gradient_in_the_update() -> None:
         plain, punished = make_task(), make_task()
         batches = [make_batch(seed=i) for i in range(micro_batches)]
         without = make_step(plain)(0, batches)
-        penalty = make_penalty(config, punished.model)
+        penalty = make_penalty(config, punished.model, ["0.weight"])
         before = punished.model.get_parameter("0.weight").detach().clone()
         result = make_step(punished, penalty=penalty)(0, batches)
         torch.testing.assert_close(result.loss - without.loss, 0.5 * before.square().sum())
@@ -175,3 +178,75 @@ def test_an_error_inside_does_not_leave_the_average_in_the_model() -> None:
     with pytest.raises(RuntimeError), ema.swapped_in():
         raise RuntimeError
     assert model.weight.item() == before
+
+
+def test_the_saved_average_is_one_model_where_weights_are_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Linear(2, 2, bias=False)
+            self.outside = nn.Linear(2, 2, bias=False)
+            self.outside.weight = self.inside.weight
+
+    task = Task(model=Tied(), loss=squared_error)
+    step = make_step(task)
+    ema = Ema(task.model, 0.5)
+    nn.init.constant_(ema.average["inside.weight"], 7.0)
+    state = TrainingState(task, step, ema, CPU, {}).ema_state()
+    assert state is not None
+    assert torch.equal(state["inside.weight"], state["outside.weight"])
+    assert state["inside.weight"][0, 0] == 7.0
+
+
+def test_float64_models_train() -> None:
+    task = make_task()
+    task.model.double()
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        return Loss((model(batch["inputs"].double()) - batch["targets"]).square().mean())
+
+    step = make_step(Task(model=task.model, loss=loss), clip_norm=1.0)
+    losses = [step(i, [make_batch(64, i)]).loss.item() for i in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_loss_that_reaches_nothing_trained_is_an_error() -> None:
+    task = make_task()
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        return Loss(batch["inputs"].sum())
+
+    with pytest.raises(ConfigError, match="must depend on a trained parameter; at step 3"):
+        make_step(Task(model=task.model, loss=loss))(2, [make_batch()])
+
+
+def test_parts_may_differ_between_micro_batches() -> None:
+    task = make_task()
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        error = model(batch["inputs"]).square().mean()
+        return Loss(error, {batch.source: error.detach()})
+
+    batches = [dataclasses.replace(make_batch(seed=i), source=n) for i, n in enumerate("aba")]
+    parts = make_step(Task(model=task.model, loss=loss))(0, batches).parts
+    assert set(parts) == {"a", "b"}
+    means = [loss(make_task().model, batch).total for batch in batches]
+    torch.testing.assert_close(parts["a"], (means[0] + means[2]).detach() / 2)
+
+
+def test_the_loss_knows_the_learning_rate() -> None:
+    task = make_task()
+    seen: list[float] = []
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        seen.append(batch.lr_factor)
+        return squared_error(model, batch)
+
+    config = OptimConfig(lr=0.05, schedule=ScheduleConfig(name="linear"))
+    other = Task(model=task.model, loss=loss)
+    optimizer = Optimizer(make_groups(other, config, {}), config, total_steps=4)
+    precision = make_precision("fp32", CPU)
+    step = TrainingStep(other, optimizer, None, GradientsConfig(), precision)
+    for index in range(4):
+        step(index, [make_batch()])
+    assert seen == [1.0, 0.75, 0.5, 0.25]

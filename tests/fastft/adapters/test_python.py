@@ -90,7 +90,7 @@ class Adapter:
     def __init__(self, options):
         self.options = options
 
-    def build(self, criterion, *, device, checkpoint):
+    def build(self, criterion, *, device, checkpoint, pretrained):
         model = Net(self.options.width, 3).to(device)
         return Task(model, lambda model, batch: criterion(model(batch["inputs"]), batch.data))
 

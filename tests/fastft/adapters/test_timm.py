@@ -48,7 +48,10 @@ def make_adapter(**options: Any) -> TimmAdapter:
 
 def build(adapter: TimmAdapter) -> Any:
     return adapter.build(
-        lambda predictions, fields: Loss(predictions.mean()), device=CPU, checkpoint=None
+        lambda predictions, fields: Loss(predictions.mean()),
+        device=CPU,
+        checkpoint=None,
+        pretrained=True,
     )
 
 
@@ -165,6 +168,69 @@ def test_arrays_are_normalised_and_resized() -> None:
     assert task.fields["targets"].classes == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "compared"),
+    [
+        ({}, True),
+        ({"mean": (1.0, 2.0, 3.0), "std": (1.0, 2.0, 3.0)}, True),
+        ({"in_chans": 1}, False),
+        ({"in_chans": 1, "mean": (1.0,)}, False),
+        ({"in_chans": 1, "mean": (1.0,), "std": (2.0,)}, True),
+    ],
+)
+def test_what_the_data_checks_compare(options: dict[str, Any], compared: bool) -> None:
+    inputs = build(make_adapter(**{**SMALL, **options})).fields["inputs"]
+    expected = (0.0, 1.0, 0) if compared else (None, None, None)
+    assert (inputs.mean, inputs.std, inputs.channel_axis) == expected
+
+
+@pytest.mark.usefixtures("project")
+def test_images_that_hardly_vary_drift_from_the_model(fastft: Callable[..., Any]) -> None:
+    random = np.random.default_rng(0)
+    for kind in ("one", "two"):
+        Path("flat", kind).mkdir(parents=True)
+        for number in range(4):
+            pixels = random.integers(126, 130, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(f"flat/{kind}/{number}.png")
+    settings = (*timm_overrides(**SMALL), "data.train.0.path=flat", "data.validation=[]")
+    outcome = fastft("check", "run.toml", *settings, "data.batch_size=2")
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert "warning (drift) flat (train): inputs:" in outcome.output
+    assert "got channels 0, 1, 2 far" in outcome.output
+
+
+def test_tied_weights_are_saved_under_all_their_names(tmp_path: Path) -> None:
+    adapter = make_adapter(**SMALL)
+    task = build(adapter)
+    first, second = task.model.blocks
+    second.mlp.fc1.weight = first.mlp.fc1.weight
+    adapter.save(task, tmp_path / "model.safetensors")
+    arguments = {key: value for key, value in SMALL.items() if key not in ("name", "arguments")}
+    again = timm.create_model(
+        SMALL["name"],
+        checkpoint_path=str(tmp_path / "model.safetensors"),
+        **arguments,
+        **SMALL["arguments"],
+    )
+    state = task.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_size_is_only_left_out_where_the_model_takes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[dict[str, Any]] = []
+
+    def create(name: str, **arguments: Any) -> None:
+        tried.append(arguments)
+        raise TypeError("Net.__init__() got an unexpected keyword argument 'depht'")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(AdapterError, match="unexpected keyword argument 'depht'"):
+        build(make_adapter(name="resnet18", img_size=32, arguments={"depht": 3}))
+    assert [arguments["img_size"] for arguments in tried] == [32]
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 16), (4, 16, 16), (16,), (2, 3, 16, 16)], ids=str)
 def test_wrong_channels(shape: tuple[int, ...]) -> None:
     adapter = make_adapter(**SMALL)
@@ -182,7 +248,7 @@ def test_images_for_a_model_of_other_channels() -> None:
 
 def test_what_build_refuses() -> None:
     with pytest.raises(ConfigError, match="needs a loss; got none"):
-        make_adapter(**SMALL).build(None, device=CPU, checkpoint=None)
+        make_adapter(**SMALL).build(None, device=CPU, checkpoint=None, pretrained=True)
     with pytest.raises(AdapterError, match="did you mean 'resnet18'"):
         build(make_adapter(name="resnet81"))
     with pytest.raises(AdapterError, match=r"ResNet.* unexpected keyword argument 'depth'"):

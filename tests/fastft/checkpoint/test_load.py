@@ -60,6 +60,12 @@ def load(
     return load_weights(model, weights, config, heads or {})
 
 
+def shown(report: LoadReport) -> str:
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(report.table())
+    return console.export_text()
+
+
 def equals(model: nn.Module, state: Mapping[str, Tensor], *, under: str = "") -> bool:
     ours = model.state_dict()
     return all(torch.equal(ours[n], state[n]) for n in ours if n.startswith(under))
@@ -90,7 +96,7 @@ def test_prefixes_are_taken_off(written: str, prefix: str):
     report = load(model, {written + name: tensor for name, tensor in state.items()})
     assert report.prefix == prefix
     assert equals(model, state)
-    assert prefix in report.summary()
+    assert f"'{prefix}' taken off" in shown(report) or not prefix
 
 
 def test_wrappers_inside_names_of_either_side():
@@ -156,12 +162,7 @@ def test_not_strict_loads_what_fits_and_reports_the_rest():
     assert report.coverage == pytest.approx(1 - (3 * 8 + 3) / total)
     assert torch.equal(model.stem.weight, state["stem.weight"])
     assert equals(model, before, under="head.2")
-    summary = report.summary()
-    assert "1 missing, 1 unexpected, 1 mismatched" in summary
-    assert "\n" not in summary
-    console = Console(width=160, file=io.StringIO(), record=True)
-    console.print(report.table())
-    text = console.export_text()
+    text = shown(report)
     assert "[3, 8], in the checkpoint [1000, 8]" in text
     assert "old.weight [2, 2]" in text
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastft.checkpoint import read_weights, save_checkpoint, write_safetensors
+from fastft.checkpoint import read_weights, save_checkpoint
+from fastft.checkpoint.formats import write_safetensors
 from fastft.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}

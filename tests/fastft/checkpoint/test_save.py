@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastft.atomic import write_file_atomically
 from fastft.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     read_meta,
     save_checkpoint,
-    write_file_atomically,
 )
 from fastft.errors import CheckpointError
 
@@ -272,6 +273,28 @@ def test_writing_over_a_folder(tmp_path: Path):
         write_file_atomically(tmp_path / "folder", lambda temporary: temporary.touch())
 
 
+@pytest.mark.parametrize("name", ["rename", "replace"])
+def test_an_interrupt_while_a_folder_is_replaced(tmp_path: Path, monkeypatch, name: str):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename, left = Path.rename, [KeyboardInterrupt]
+
+    def interrupted(path: Path, target: Path) -> Path:
+        # The old folder is aside by then, and the new one not yet in its place.
+        if name == "rename":
+            rename(path, target)
+        if left:
+            raise left.pop()
+        return target
+
+    monkeypatch.setattr(Path, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file_atomically(folder, Path.mkdir)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
+
+
 def _flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -314,6 +337,18 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
     assert len(caught.value.problems) == 2
+    assert str(caught.value).endswith(f"; remove the folder {path} to start the run anew")
+
+
+def test_removing_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path: Path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    _flip_a_bit(second / "training.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(second)
+    advice = f"; remove the folder {second} to go on from step-00000001"
+    assert str(caught.value).endswith(advice)
+    shutil.rmtree(second)
+    assert latest_checkpoint(tmp_path) == first
 
 
 def test_meta_is_json_that_other_tools_read(tmp_path: Path):

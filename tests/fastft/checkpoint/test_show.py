@@ -34,6 +34,17 @@ def test_a_foreign_file(tmp_path: Path):
     assert "likely head blocks.9" not in rows
 
 
+def test_what_repeated_blocks_name_like_a_head_is_none(tmp_path: Path):
+    layer = nn.ModuleDict({"fc": nn.Linear(4, 4), "output": nn.ModuleDict({"d": nn.Linear(4, 4)})})
+    heads = nn.ModuleDict({"energy": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))})
+    net = nn.ModuleDict(
+        {"blocks": nn.ModuleList([layer]), "model": nn.ModuleDict({"heads": heads})}
+    )
+    torch.save(net.state_dict(), tmp_path / "x.pt")
+    found = [name for name, _ in describe_checkpoint(tmp_path / "x.pt").rows if "head " in name]
+    assert found == ["likely head model.heads.energy.0", "likely head model.heads.energy.1"]
+
+
 def test_the_last_matrix_is_the_head_where_no_name_tells(tmp_path: Path):
     torch.save(nn.Sequential(*(nn.Linear(4, 4) for _ in range(11))).state_dict(), tmp_path / "x")
     assert "likely head 10" in dict(describe_checkpoint(tmp_path / "x").rows)

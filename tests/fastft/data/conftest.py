@@ -31,7 +31,12 @@ class FakeAdapter:
     checks: Sequence[DataCheck] = field(default=())
 
     def build(
-        self, criterion: Criterion | None, *, device: torch.device, checkpoint: Path | None
+        self,
+        criterion: Criterion | None,
+        *,
+        device: torch.device,
+        checkpoint: Path | None,
+        pretrained: bool,
     ) -> Task:
         return Task(nn.Identity(), loss=lambda model, batch: model(batch))
 

@@ -7,7 +7,9 @@ import torch
 from rich.console import Console
 
 from fastft.config import ChecksConfig, DataSource
-from fastft.data import OpenSource, check_data, describe_findings, open_source, run_checks
+from fastft.data import check_data, describe_findings
+from fastft.data.checks import run_checks
+from fastft.data.sources import ArrayData, OpenSource, open_source
 from fastft.data.statistics import ChannelStatistics
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.task import CheckData, Dataset, FieldSpec, Finding
@@ -208,6 +210,48 @@ def test_leakage_is_seen_through_augmentation(adapter_of):
     assert (finding.check, finding.count) == ("leakage", 60)
 
 
+def unique_rows(number: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"inputs": rng.normal(size=(number, 2)), "targets": rng.integers(3, size=number)}
+
+
+def test_leakage_is_sought_in_all_of_a_large_array(find):
+    train, validation = unique_rows(30_000, 0), unique_rows(300, 1)
+    assert find(ArrayData(train), ArrayData(validation), {}, max_samples=100) == []
+    # Of the 100 samples read of each, none has its twin among the other's.
+    validation["inputs"][3:9] = train["inputs"][20_001:20_007]
+    (finding,) = find(ArrayData(train), ArrayData(validation), {}, max_samples=100)
+    assert (finding.check, finding.severity, finding.count) == ("leakage", "error", 2)
+    assert "got 2 of 100 samples (2.0%) that are" in finding.what
+    assert finding.example == "sample 3 is sample 20001 of mine (train)"
+
+
+@pytest.mark.parametrize(("size", "severity"), [(30_000, "error"), (150, "warning")])
+def test_leakage_is_estimated_where_part_of_the_training_data_is_read(find, size, severity):
+    class Slow(list):
+        """No arrays: each sample is read on its own."""
+
+    train = Slow({"inputs": row} for row in unique_rows(size, 0)["inputs"])
+    validation = Slow({"inputs": row} for row in unique_rows(2000, 1)["inputs"])
+    # One of the 150 samples read of each.
+    validation[0] = train[0]
+    estimate = 100 * size / 150 / 150
+    (finding,) = find(train, validation, {}, max_samples=150)
+    assert (finding.check, finding.severity, finding.count) == ("leakage", severity, 1)
+    share = f"{min(estimate, 100):.1f}%"
+    if size > 150:
+        share = f"an estimated {share} with unread ones"
+    assert f"got 1 of 150 samples ({share}) that are" in finding.what
+
+
+def test_all_validation_samples_from_300_000_training_samples(find):
+    train = unique_rows(300_000, 0)
+    validation = {name: array[::30] for name, array in train.items()}
+    (finding,) = find(ArrayData(train), ArrayData(validation), {})
+    assert (finding.check, finding.severity) == ("leakage", "error")
+    assert "got 1000 of 1000 samples (100.0%) that are" in finding.what
+
+
 def test_class_lists_must_agree(adapter_of):
     class Named(list):
         classes: Sequence[str] = ()
@@ -220,6 +264,16 @@ def test_class_lists_must_agree(adapter_of):
     ]
     (finding,) = run_checks(sources, (), SPECS, ChecksConfig())
     assert (finding.check, finding.severity, finding.example) == ("classes", "error", "'dog'")
+
+
+def test_outliers_are_sought_in_data_of_another_unit_too(find):
+    samples = clean_samples()
+    scale_inputs(1, 300)(samples)
+    set_input(7, 9999.0)(samples)
+    drift, outliers = sorted(find(samples), key=lambda finding: finding.check)
+    assert (drift.check, drift.count) == ("drift", 1)
+    assert (outliers.check, outliers.count) == ("outliers", 1)
+    assert "the data's median" in outliers.what
 
 
 def test_unreadable_samples_are_listed_and_left_out(adapter_of):

@@ -1,5 +1,8 @@
 import multiprocessing
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -159,3 +162,42 @@ def test_no_workers_stay_behind(adapter_of, sources):
     next(iter(batches))
     del batches
     assert not multiprocessing.active_children()
+
+
+KEPT_OPEN = """\
+from pathlib import Path
+
+import torch
+
+from fastft.config import DataConfig, DataSource
+from fastft.data import open_evaluation
+
+
+class Adapter:
+    def transform(self, sample, split):
+        return sample
+
+    def collate(self, samples):
+        return {}
+
+source = DataSource(path=Path("data.npz"))
+data = DataConfig(train=(source,), batch_size=1, workers=2)
+batches = open_evaluation(Adapter(), [source], data, device=torch.device("cpu")).batches()
+next(batches)
+raise ZeroDivisionError("a bug")
+"""
+
+
+def test_a_loader_that_nobody_closes_does_not_keep_the_program_from_ending(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.arange(99.0))
+    process = subprocess.run(
+        [sys.executable, "-c", KEPT_OPEN],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert process.stderr.endswith("ZeroDivisionError: a bug\n")

@@ -105,7 +105,18 @@ def not_arrays(path: Path) -> None:
         (
             lambda path: np.savez(path, x=np.array([{}, 1], object)),
             {},
-            "without object arrays",
+            r"x: arrays must hold numbers, or one text per sample; got object \[2\]; store",
+        ),
+        (
+            lambda path: np.savez(path, x=np.zeros(2), time=np.zeros(2, "datetime64[s]")),
+            {"when": "time"},
+            r"time: .* got datetime64\[s\] \[2\]; store .* seconds for times",
+        ),
+        (lambda path: np.savez(path, x=np.array([["a"], ["b"]])), {}, r"x: .* got <U1 \[2, 1\]"),
+        (
+            lambda path: np.savez_compressed(path, x=np.zeros(2, [("a", float)])),
+            {},
+            r"x: .* got \[\('a', '<f8'\)\] \[2\]",
         ),
         (lambda path: np.savez(path, x=np.zeros((0, 3))), {}, "must hold samples; got none"),
         (

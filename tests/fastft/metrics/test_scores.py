@@ -231,6 +231,12 @@ def test_deterministic_mode_counts_without_a_matrix_per_label() -> None:
     assert metric.compute() == {"f1": 0.0}
 
 
+def test_mean_errors_keep_float64() -> None:
+    # float32 has steps of 64 there.
+    targets = torch.tensor([1e9, 2e9], dtype=torch.float64)
+    assert score(targets + 1, targets, name="mae") == {"mae": 1.0}
+
+
 def test_the_mean_loss_weighs_batches_by_their_size() -> None:
     mean = MeanLoss(CPU)
     mean.update(torch.tensor(1.0, requires_grad=True), 30)

@@ -1,10 +1,14 @@
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastft.errors import CheckpointError
 from fastft.metrics import open_writer
 
 
@@ -74,9 +78,54 @@ def test_a_failed_rewrite_leaves_the_old_log(tmp_path: Path, monkeypatch) -> Non
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: must be written whole; got disk"):
         open_writer(tmp_path, tensorboard=False, first_step=1)
     assert steps(tmp_path) == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more into any file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_is_one_error(tmp_path: Path, tensorboard: bool) -> None:
+    def write_on() -> None:
+        with (
+            open_writer(tmp_path, tensorboard=tensorboard, first_step=0) as writer,
+            largest_file(1000),
+        ):
+            for step in range(1, 1000):
+                writer.write(step, {"loss": 1.0})
+
+    with pytest.raises(CheckpointError, match="whole; got File too large") as caught:
+        write_on()
+    assert len(caught.value.problems) == 1
+    assert 2 < len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) < 50
+    # A line cut short is dropped on going on.
+    run(tmp_path, 2, 3)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_full_disk_when_tensorboard_begins(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="File too large"), largest_file(0):
+        open_writer(tmp_path, tensorboard=True, first_step=0)
+
+
+def test_texts_and_closing_say_that_the_disk_is_full(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path, tensorboard=True, first_step=0)
+    with largest_file(1000):
+        with pytest.raises(CheckpointError, match="File too large"):
+            writer.text("run", "long" * 1000)
+        with pytest.raises(CheckpointError, match="File too large"):
+            writer.close()
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:

@@ -87,13 +87,13 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     aside = target.with_name(f".tmp-old-{target.name}")
     # A rename replaces a file, but no folder that holds something.
     replaces_folder = target.is_dir() and temporary.is_dir()
-    if replaces_folder:
-        remove(aside)
-        target.rename(aside)
     try:
-        temporary.replace(target)
-    except OSError:
         if replaces_folder:
+            remove(aside)
+            target.rename(aside)
+        temporary.replace(target)
+    except BaseException:
+        if replaces_folder and not target.exists():
             aside.rename(target)
         raise
     _sync_one(target.parent)

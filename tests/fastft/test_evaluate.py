@@ -1,0 +1,41 @@
+"""Which checkpoint is evaluated, and what of it is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastft.checkpoint import latest_checkpoint
+
+pytestmark = pytest.mark.usefixtures("project")
+
+FALLBACK = "no checkpoint has a finite 'loss': the latest stands in for the best"
+
+
+def test_the_latest_stands_in_for_the_best(fastft: Callable[..., Any]) -> None:
+    assert fastft("train", "run.toml", "data.validation=[]").code == 0
+    outcome = fastft("evaluate", "run.toml")
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert outcome.output.splitlines()[0] == FALLBACK
+    for checkpoint in ("latest", "run/checkpoints/step-00000002"):
+        assert FALLBACK not in fastft("evaluate", "run.toml", "--checkpoint", checkpoint).output
+
+
+def test_only_the_weights_are_read(fastft: Callable[..., Any]) -> None:
+    assert fastft("train", "run.toml", "ema.decay=0.5").code == 0
+    assert FALLBACK not in fastft("evaluate", "run.toml").output
+    checkpoint = latest_checkpoint(Path("run"))
+    assert checkpoint is not None
+    for name in ("training.pt", "model.safetensors"):
+        damage(checkpoint / name)
+    assert fastft("evaluate", "run.toml").code == 0
+    damage(checkpoint / "ema.safetensors")
+    outcome = fastft("evaluate", "run.toml")
+    assert outcome.code == 2
+    assert "ema.safetensors: must be as it was saved; got other content" in outcome.errors
+
+
+def damage(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
