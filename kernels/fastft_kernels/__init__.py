@@ -1,0 +1,8 @@
+"""Fused Triton kernels for training: layer norm, Adam, gradient norm."""
+
+from fastft_kernels.adaptive_norm import adaptive_layer_norm as adaptive_layer_norm
+from fastft_kernels.layer_norm import FusedLayerNorm as FusedLayerNorm
+from fastft_kernels.layer_norm import layer_norm as layer_norm
+from fastft_kernels.layer_norm import residual_layer_norm as residual_layer_norm
+from fastft_kernels.swap import SwapReport as SwapReport
+from fastft_kernels.swap import use_fused_layer_norm as use_fused_layer_norm
