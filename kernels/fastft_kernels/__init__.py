@@ -1,6 +1,7 @@
 """Fused Triton kernels for training: layer norm, Adam, gradient norm."""
 
 from fastft_kernels.adaptive_norm import adaptive_layer_norm as adaptive_layer_norm
+from fastft_kernels.fused_adam import FusedAdam as FusedAdam
 from fastft_kernels.layer_norm import FusedLayerNorm as FusedLayerNorm
 from fastft_kernels.layer_norm import layer_norm as layer_norm
 from fastft_kernels.layer_norm import residual_layer_norm as residual_layer_norm

@@ -28,7 +28,8 @@ from fastft_kernels.device import (
     next_power_of_2,
     runs_triton,
 )
-from fastft_kernels.layer_norm import output_dtype, sum_partials
+from fastft_kernels.layer_norm import output_dtype
+from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import backward_schedule, forward_schedule, persistent_programs
 
 

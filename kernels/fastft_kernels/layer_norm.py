@@ -27,6 +27,7 @@ from fastft_kernels.device import (
     next_power_of_2,
     runs_triton,
 )
+from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import backward_schedule, forward_schedule, persistent_programs
 
 
@@ -145,52 +146,6 @@ def _backward_kernel(
         tl.store(at, tl.sum(dweight, axis=0), mask=column < N)
         at += tl.num_programs(0).to(tl.int64) * N
         tl.store(at, tl.sum(dbias, axis=0), mask=column < N)
-
-
-@triton.jit
-def sum_partials_kernel(
-    PARTIAL,
-    FIRST,
-    SECOND,
-    programs,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """`[2, samples, programs, N]` to two `[samples, N]`; grid (column blocks, samples, 2)."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sample = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(2).to(tl.int64)
-    start = PARTIAL + (which * tl.num_programs(1) + sample) * programs * N
-    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for first in tl.range(0, programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        inside = (program < programs)[:, None] & (column < N)[None, :]
-        total += tl.load(start + program[:, None] * N + column[None, :], mask=inside, other=0.0)
-    value = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(FIRST + sample * N + column, value.to(FIRST.dtype.element_ty), mask=column < N)
-    else:
-        tl.store(SECOND + sample * N + column, value.to(SECOND.dtype.element_ty), mask=column < N)
-
-
-def sum_partials(partial: Tensor, first: Tensor, second: Tensor) -> None:
-    """Adds the programs' rows of `[2, samples, programs, N]` in a fixed order."""
-    _, samples, programs, columns = partial.shape
-    block_p = min(256, next_power_of_2(programs))
-    launch(
-        sum_partials_kernel,
-        (ceil_div(columns, 32), samples, 2),
-        partial.device,
-        partial,
-        first,
-        second,
-        programs,
-        N=columns,
-        BLOCK_P=block_p,
-        BLOCK_N=32,
-        num_warps=8,
-    )
 
 
 def _launch_forward(
