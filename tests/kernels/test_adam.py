@@ -72,7 +72,7 @@ def test_kernel_and_cpu_reference_agree(layout, dtype, device):
         plain.step(grad_divisor=divisor)
         interpret_on_cpu(device.type == "cpu")
     # A last-bit difference may round a moment to the neighbouring code, and seldom does. Stored in
-    # bf16, parameters differ by a unit in the last place a step: the interpreter truncates the cast.
+    # bf16, parameters differ by a last place per step: the interpreter truncates that cast.
     mean_limit = {"fp32": 1e-6, "bf16": 2e-4, "8bit": 2e-3}[layout]
     mean_limit += 0 if dtype == torch.float32 else 3 * 2.0**-8
     for a, b in zip(ours, theirs, strict=True):
