@@ -1,0 +1,163 @@
+"""Tries schedules of the kernels and records them all; `row_schedule` and `adam` hold the choice.
+
+Kernels are compiled by a pool of processes first, because compiling takes longer than timing.
+Usage: python -m benchmarks.sweep OUT.jsonl [norm adam gradient]
+"""
+
+import gc
+import itertools
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastft_kernels import FusedAdam, GradientNorm, adam, gradient_norm
+from fastft_kernels.adam import AdamSchedule
+from fastft_kernels.row_schedule import Schedule
+
+from benchmarks.timing import copy_bytes_per_us, time_device
+
+ELEMENTS = 1 << 28
+COLUMNS = (512, 1024, 2048, 4096, 8192)
+norms: Any = sys.modules["fastft_kernels.layer_norm"]
+
+
+def forward_candidates(columns: int) -> list[Schedule]:
+    rows = {max(1, e // columns) for e in (2048, 4096, 8192, 16384)}
+    pairs = itertools.product(sorted(rows), (2, 4, 8, 16))
+    return [Schedule(r, w) for r, w in pairs if 8 <= r * columns / (32 * w) <= 64]
+
+
+def backward_candidates(columns: int) -> list[Schedule]:
+    rows = {max(1, e // columns) for e in (1024, 2048, 4096, 8192)}
+    chosen = []
+    for r, warps, stages in itertools.product(sorted(rows), (2, 4, 8, 16), (2, 3, 4)):
+        if 8 <= r * columns / (32 * warps) <= 32:
+            for total in (8, 16, 32):
+                if total >= warps and total * r * columns / warps <= 32768:
+                    chosen.append(Schedule(r, warps, stages, total // warps))
+    return chosen
+
+
+def run_norm(direction: str, columns: int, schedule: Schedule, rows: int) -> Any:
+    """A call of one direction under the given schedule."""
+    x = torch.randn(rows, columns, device="cuda").bfloat16()
+    weight, bias = torch.randn(columns, device="cuda"), torch.randn(columns, device="cuda")
+    outputs = torch.ops.fastft.layer_norm_forward(x, None, weight, bias, 1e-5, x.dtype)
+    setattr(norms, f"{direction}_schedule", lambda *_: schedule)
+    if direction == "forward":
+        return lambda: norms._launch_forward(x, None, weight, bias, 1e-5, outputs)
+    dy = torch.randn(rows, columns, device="cuda").bfloat16()
+    grads = norms._backward_fake(dy, None, x, weight, outputs[2], outputs[3], True)
+    return lambda: norms._launch_backward(dy, None, x, weight, outputs[2], outputs[3], True, grads)
+
+
+def adam_candidates() -> list[AdamSchedule]:
+    chosen = []
+    for (block, warps), many, stages in itertools.product(
+        ((1024, 4), (2048, 4), (2048, 8), (4096, 8)), (1, 4, 16), (1, 3)
+    ):
+        if many > 1 or stages == 1:
+            chosen.append(AdamSchedule(block * many, block, warps, stages))
+    return chosen
+
+
+def model_shapes(width: int = 1344, blocks: int = 55) -> list[tuple[int, ...]]:
+    """668 tensors and 1.2e9 parameters: transformer blocks, an embedding, seven vectors."""
+    d = width
+    block = [(3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    block += [(d,)] * 4
+    return block * blocks + [(4096, d)] + [(d,)] * 7
+
+
+def make_params(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda") * 0.02) for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def run_adam(layout: Any, schedule: AdamSchedule, params: list[torch.nn.Parameter]) -> Any:
+    adam.SCHEDULES[layout] = schedule
+    optimizer = FusedAdam(params, lr=1e-4, state_layout=layout)
+    optimizer.step()
+    return optimizer.step
+
+
+def run_gradient(setting: tuple[int, int, int], params: list[torch.nn.Parameter]) -> Any:
+    gradient_norm.CHUNK, gradient_norm.BLOCK, gradient_norm.WARPS = setting
+    norm = GradientNorm(max_norm=1.0)
+    grads = [p.grad for p in params]
+    return lambda: norm(grads)
+
+
+def compile_one(task: tuple) -> None:
+    name: str = task[0]
+    rest: Any = task[1:]
+    if name in ("forward", "backward"):
+        run_norm(name, *rest, rows=256)()
+    elif name == "adam":
+        run_adam(*rest, make_params([(96, 1024)]))()
+    else:
+        run_gradient(*rest, make_params([(96, 1024)]))()
+    torch.cuda.synchronize()
+
+
+def tasks(wanted: set[str]) -> list[tuple]:
+    found: list[tuple] = []
+    if "norm" in wanted:
+        for n in COLUMNS:
+            found += [("forward", n, s) for s in forward_candidates(n)]
+            found += [("backward", n, s) for s in backward_candidates(n)]
+    if "adam" in wanted:
+        pairs = itertools.product(("fp32", "bf16", "8bit"), adam_candidates())
+        found += [("adam", *pair) for pair in pairs]
+    if "gradient" in wanted:
+        settings = itertools.product((4096, 16384, 65536), ((2048, 4), (4096, 8), (4096, 4)))
+        found += [("gradient", (chunk, *rest)) for chunk, rest in settings]
+    return found
+
+
+def main() -> None:
+    out, wanted = Path(sys.argv[1]), set(sys.argv[2:]) or {"norm", "adam", "gradient"}
+    todo = tasks(wanted)
+    distinct = {str(t).split(", programs_per_sm")[0]: t for t in todo}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(14, mp_context=context) as pool:
+        list(pool.map(compile_one, distinct.values(), chunksize=4))
+    copy = copy_bytes_per_us()
+    print(torch.cuda.get_device_name(), "copy TB/s", copy / 1e6, "tasks", len(todo), flush=True)
+    params: list[torch.nn.Parameter] = []
+    results: dict[str, list[tuple[float, str]]] = {}
+    with out.open("w") as file:
+        for task in todo:
+            name: str = task[0]
+            rest: Any = task[1:]
+            if name in ("forward", "backward"):
+                key = f"{name} {rest[0]}"
+                call = run_norm(name, *rest, rows=ELEMENTS // rest[0])
+                moved = ELEMENTS * (4 if name == "forward" else 6)
+            else:
+                params = params or make_params(model_shapes())
+                key = f"{name} {rest[0]}" if name == "adam" else name
+                call = (run_adam if name == "adam" else run_gradient)(*rest, params)
+                size = {"fp32": 28, "bf16": 20, "8bit": 16.03}.get(rest[0], 4)
+                moved = size * sum(p.numel() for p in params)
+            p50 = time_device(call, repeats=10, warmup=2).p50
+            del call
+            gc.collect()
+            share = moved / p50 / copy
+            record = {"what": key, "schedule": str(rest[-1]), "p50_us": p50, "share": share}
+            file.write(json.dumps(record) + "\n")
+            results.setdefault(key, []).append((share, str(rest[-1])))
+    for key, found in results.items():
+        print(key)
+        for share, schedule in sorted(found, reverse=True)[:5]:
+            print(f"  {share:.3f} {schedule}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Device time of a call, beside a copy of the same size in the same process."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds on the device: 20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_device(call: Callable[[], object], repeats: int = 30, warmup: int = 5) -> Timing:
+    """Each call behind a flush of the L2 cache, which also keeps the host ahead of the device."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    for _ in range(warmup):
+        call()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return _percentiles([start.elapsed_time(end) * 1e3 for start, end in pairs])
+
+
+def time_replayed(calls: list[Callable[[], object]], repeats: int = 30) -> Timing:
+    """Small problems: one CUDA graph of all calls, on inputs that together exceed the L2 cache."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    timing = time_device(graph.replay, repeats)
+    del kept
+    count = len(calls)
+    return Timing(timing.p20 / count, timing.p50 / count, timing.p80 / count)
+
+
+def time_host(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median microseconds the host spends in a call, the device idle before each."""
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(seconds) * 1e6
+
+
+def copy_bytes_per_us(size_bytes: int = 1 << 29) -> float:
+    """Bytes read plus written per microsecond by a device-to-device copy of random data."""
+    source = torch.randint(-128, 128, (size_bytes,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size_bytes / time_device(lambda: target.copy_(source)).p50
+
+
+def _percentiles(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    return Timing(*(ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
