@@ -94,9 +94,8 @@ def run_gradient(setting: tuple[int, int, int], params: list[torch.nn.Parameter]
     return lambda: norm(grads)
 
 
-def compile_one(task: tuple) -> None:
-    name: str = task[0]
-    rest: Any = task[1:]
+def compile_one(task: Any) -> None:
+    name, *rest = task
     if name in ("forward", "backward"):
         run_norm(name, *rest, rows=256)()
     elif name == "adam":
@@ -106,8 +105,8 @@ def compile_one(task: tuple) -> None:
     torch.cuda.synchronize()
 
 
-def tasks(wanted: set[str]) -> list[tuple]:
-    found: list[tuple] = []
+def tasks(wanted: set[str]) -> list[Any]:
+    found: list[Any] = []
     if "norm" in wanted:
         for n in COLUMNS:
             found += [("forward", n, s) for s in forward_candidates(n)]
@@ -134,8 +133,7 @@ def main() -> None:
     results: dict[str, list[tuple[float, str]]] = {}
     with out.open("w") as file:
         for task in todo:
-            name: str = task[0]
-            rest: Any = task[1:]
+            name, *rest = task
             if name in ("forward", "backward"):
                 key = f"{name} {rest[0]}"
                 call = run_norm(name, *rest, rows=ELEMENTS // rest[0])
