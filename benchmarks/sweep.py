@@ -21,6 +21,8 @@ from fastft_kernels.row_schedule import Schedule
 from benchmarks.timing import copy_bytes_per_us, time_device
 
 ELEMENTS = 1 << 28
+BYTES = {"fp32": 28, "bf16": 20, "8bit": 16 + 4 / 128}
+Task = tuple[str, Any, Any]
 COLUMNS = (512, 1024, 2048, 4096, 8192)
 norms: Any = sys.modules["fastft_kernels.layer_norm"]
 
@@ -94,19 +96,24 @@ def run_gradient(setting: tuple[int, int, int], params: list[torch.nn.Parameter]
     return lambda: norm(grads)
 
 
-def compile_one(task: Any) -> None:
-    name, *rest = task
+def compile_one(task: Task) -> None:
+    name, variant, schedule = task
     if name in ("forward", "backward"):
-        run_norm(name, *rest, rows=256)()
-    elif name == "adam":
-        run_adam(*rest, make_params([(96, 1024)]))()
+        run_norm(name, variant, schedule, rows=256)()
     else:
-        run_gradient(*rest, make_params([(96, 1024)]))()
+        run_many(task, make_params([(96, 1024)]))()
     torch.cuda.synchronize()
 
 
-def tasks(wanted: set[str]) -> list[Any]:
-    found: list[Any] = []
+def run_many(task: Task, params: list[torch.nn.Parameter]) -> Any:
+    name, variant, schedule = task
+    if name == "adam":
+        return run_adam(variant, schedule, params)
+    return run_gradient(schedule, params)
+
+
+def tasks(wanted: set[str]) -> list[Task]:
+    found: list[Task] = []
     if "norm" in wanted:
         for n in COLUMNS:
             found += [("forward", n, s) for s in forward_candidates(n)]
@@ -116,8 +123,23 @@ def tasks(wanted: set[str]) -> list[Any]:
         found += [("adam", *pair) for pair in pairs]
     if "gradient" in wanted:
         settings = itertools.product((4096, 16384, 65536), ((2048, 4), (4096, 8), (4096, 4)))
-        found += [("gradient", (chunk, *rest)) for chunk, rest in settings]
+        found += [("gradient", "fp32", (chunk, *rest)) for chunk, rest in settings]
     return found
+
+
+def measure(task: Task, params: list[torch.nn.Parameter], copy: float) -> dict[str, Any]:
+    """One record: device time and share of a copy."""
+    name, variant, schedule = task
+    if name in ("forward", "backward"):
+        call = run_norm(name, variant, schedule, rows=ELEMENTS // variant)
+        moved = ELEMENTS * (4 if name == "forward" else 6)
+    else:
+        call = run_many(task, params)
+        size = BYTES[variant] if name == "adam" else 4
+        moved = size * sum(p.numel() for p in params)
+    p50 = time_device(call, repeats=10, warmup=2).p50
+    what = {"what": f"{name} {variant}", "schedule": str(schedule)}
+    return {**what, "p50_us": p50, "share": moved / p50 / copy}
 
 
 def main() -> None:
@@ -129,30 +151,16 @@ def main() -> None:
         list(pool.map(compile_one, distinct.values(), chunksize=4))
     copy = copy_bytes_per_us()
     print(torch.cuda.get_device_name(), "copy TB/s", copy / 1e6, "tasks", len(todo), flush=True)
-    params: list[torch.nn.Parameter] = []
+    params = make_params(model_shapes())
     results: dict[str, list[tuple[float, str]]] = {}
     with out.open("w") as file:
         for task in todo:
-            name, *rest = task
-            if name in ("forward", "backward"):
-                key = f"{name} {rest[0]}"
-                call = run_norm(name, *rest, rows=ELEMENTS // rest[0])
-                moved = ELEMENTS * (4 if name == "forward" else 6)
-            else:
-                params = params or make_params(model_shapes())
-                key = f"{name} {rest[0]}" if name == "adam" else name
-                call = (run_adam if name == "adam" else run_gradient)(*rest, params)
-                size = {"fp32": 28, "bf16": 20, "8bit": 16.03}.get(rest[0], 4)
-                moved = size * sum(p.numel() for p in params)
-            p50 = time_device(call, repeats=10, warmup=2).p50
-            del call
+            record = measure(task, params, copy)
             gc.collect()
-            share = moved / p50 / copy
-            record = {"what": key, "schedule": str(rest[-1]), "p50_us": p50, "share": share}
             file.write(json.dumps(record) + "\n")
-            results.setdefault(key, []).append((share, str(rest[-1])))
-    for key, found in results.items():
-        print(key)
+            results.setdefault(record["what"], []).append((record["share"], record["schedule"]))
+    for what, found in results.items():
+        print(what)
         for share, schedule in sorted(found, reverse=True)[:5]:
             print(f"  {share:.3f} {schedule}")
 
