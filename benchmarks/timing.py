@@ -32,21 +32,24 @@ def time_device(call: Callable[[], object], repeats: int = 30, warmup: int = 5) 
     return _percentiles([start.elapsed_time(end) * 1e3 for start, end in pairs])
 
 
-def time_replayed(calls: list[Callable[[], object]], repeats: int = 30) -> Timing:
-    """Small problems: one CUDA graph of all calls, on inputs that together exceed the L2 cache."""
+def time_replayed(make_call: Callable[[], Callable[[], object]], count: int) -> Timing:
+    """Small problems: one CUDA graph of `count` calls, each on inputs of its own.
+
+    Everything happens on one side stream, because a backward runs where its forward ran.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            for call in calls:
-                call()
+        calls = [make_call() for _ in range(count)]
+        for call in calls[:3] * 3:
+            call()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            kept = [call() for call in calls]
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    timing = time_device(graph.replay, repeats)
+    timing = time_device(graph.replay)
     del kept
-    count = len(calls)
     return Timing(timing.p20 / count, timing.p50 / count, timing.p80 / count)
 
 
