@@ -19,8 +19,7 @@ import torch
 import triton
 from fastft_kernels import FusedAdam, GradientNorm
 from fastft_kernels.adam_plan import StateLayout
-from fastft_kernels.catalog import CATALOG, OpCase
-from torch import Tensor
+from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
 
 from benchmarks.sweep import BYTES, COLUMNS, ELEMENTS, make_params, model_shapes
 from benchmarks.timing import Timing, copy_bytes_per_us, time_device, time_host, time_replayed
@@ -67,23 +66,13 @@ def providers(case: OpCase) -> Iterator[tuple[str, Function, torch.dtype | None]
         yield "liger", lambda x, w, b: liger.apply(x, w, b, 1e-5), torch.bfloat16
 
 
-def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def values(function: Function, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    outputs = as_tuple(function(*inputs))
-    grads = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
-
-
 def check(case: OpCase, columns: int) -> None:
     """Refuses an op whose error against float64 is more than twice the eager one, plus rounding."""
     inputs = list(case.make_inputs((4, 129, columns), torch.bfloat16, torch.device("cuda")))
     grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(case.op(*inputs))]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    truths = values(case.reference, doubles, grads)
-    eager, fused = (values(f, inputs, grads) for f in (case.reference, case.op))
+    truths = values_and_grads(case.reference, doubles, grads)
+    eager, fused = (values_and_grads(f, inputs, grads) for f in (case.reference, case.op))
     for got, plain, truth in zip(fused, eager, truths, strict=True):
         allowed = 2 * (plain - truth).norm() + 2.0**-8 * truth.norm()
         if not (got - truth).norm() <= allowed:

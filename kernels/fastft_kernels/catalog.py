@@ -3,7 +3,7 @@
 An op that is not here does not exist; one that is has a reference, tests and a benchmark.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,22 @@ class OpCase:
     forward_tensors: int
     backward_tensors: int
     shapes: tuple[tuple[int, ...], ...] = ((2, 3, 1), (1, 5, 63), (2, 4, 513), (1, 2, 3000))
+
+
+def as_tuple(outputs: Tensor | Tensors) -> Tensors:
+    """One output or several, as several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def values_and_grads(
+    function: Callable[..., Tensor | Tensors], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs of the function, then the gradients of all inputs for the given output gradients."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = as_tuple(function(*inputs))
+    grads = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
+    found = torch.autograd.grad(outputs, inputs, grads)
+    return [value.detach() for value in (*outputs, *found)]
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,24 +2,11 @@
 
 import pytest
 import torch
-from fastft_kernels.catalog import CATALOG, OpCase
+from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
 
 by_name = pytest.mark.parametrize("case", CATALOG, ids=lambda case: case.name)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-
-
-def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def values_and_grads(function, inputs, grads) -> list[torch.Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = as_tuple(function(*inputs))
-    wanted = torch.autograd.grad(
-        outputs, inputs, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
-    )
-    return [*outputs, *wanted]
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
