@@ -55,7 +55,7 @@ def reference(
 def _one_minus_exp(x):
     """1 - exp(x) for x <= 0 without cancellation near 0."""
     series = 1.0
-    for i in range(8):
+    for i in tl.static_range(8):  # pyright: ignore
         series = 1.0 + x / (9 - i) * series
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
