@@ -30,20 +30,19 @@ norms: Any = sys.modules["fastft_kernels.layer_norm"]
 
 
 def forward_candidates(columns: int) -> list[Schedule]:
-    rows = {max(1, e // columns) for e in (2048, 4096, 8192, 16384)}
-    pairs = itertools.product(sorted(rows), (2, 4, 8, 16))
-    return [Schedule(r, w) for r, w in pairs if 8 <= r * columns / (32 * w) <= 64]
+    """A program per tile, and persistent ones with prefetch."""
+    chosen = [Schedule(max(1, 8192 // columns), 8), Schedule(max(1, 16384 // columns), 8)]
+    for tile, warps, stages, count in itertools.product((4096, 8192), (8, 16), (3, 4), (1, 2, 4)):
+        if tile >= columns and tile <= 512 * warps * 2 and count * warps <= 32:
+            chosen.append(Schedule(tile // columns, warps, stages, count))
+    return chosen
 
 
 def backward_candidates(columns: int) -> list[Schedule]:
-    rows = {max(1, e // columns) for e in (1024, 2048, 4096, 8192)}
-    chosen = []
-    for r, warps, stages in itertools.product(sorted(rows), (2, 4, 8, 16), (2, 3, 4)):
-        if 8 <= r * columns / (32 * warps) <= 32:
-            for total in (8, 16, 32):
-                if total >= warps and total * r * columns / warps <= 32768:
-                    chosen.append(Schedule(r, warps, stages, total // warps))
-    return chosen
+    """Persistent, with enough bytes in flight."""
+    settings = [(4096, 8, 4, 1), (4096, 8, 4, 2), (4096, 16, 4, 1), (4096, 16, 4, 2)]
+    settings += [(8192, 8, 3, 1), (8192, 16, 3, 1), (8192, 16, 3, 2), (8192, 16, 4, 1)]
+    return [Schedule(t // columns, w, s, n) for t, w, s, n in settings if t >= columns]
 
 
 def run_norm(direction: str, columns: int, schedule: Schedule, rows: int) -> Any:
@@ -60,13 +59,10 @@ def run_norm(direction: str, columns: int, schedule: Schedule, rows: int) -> Any
 
 
 def adam_candidates() -> list[AdamSchedule]:
-    chosen = []
-    for (block, warps), many, stages in itertools.product(
-        ((1024, 4), (2048, 4), (2048, 8), (4096, 8)), (1, 4, 16), (1, 3)
-    ):
-        if many > 1 or stages == 1:
-            chosen.append(AdamSchedule(block * many, block, warps, stages))
-    return chosen
+    """A tile per program, and short loops with prefetch."""
+    settings = [(1024, 1024, 4, 1), (2048, 2048, 4, 1), (4096, 4096, 8, 1), (4096, 1024, 4, 1)]
+    settings += [(4096, 1024, 4, 3), (8192, 2048, 8, 1), (16384, 4096, 8, 3)]
+    return [AdamSchedule(*setting) for setting in settings]
 
 
 def model_shapes(width: int = 1344, blocks: int = 55) -> list[tuple[int, ...]]:
@@ -125,7 +121,7 @@ def tasks(wanted: set[str]) -> list[Task]:
         pairs = itertools.product(("fp32", "bf16", "8bit"), adam_candidates())
         found += [("adam", *pair) for pair in pairs]
     if "gradient" in wanted:
-        settings = itertools.product((4096, 16384, 65536), ((2048, 4), (4096, 8), (4096, 4)))
+        settings = itertools.product((16384, 65536, 131072), ((2048, 4), (4096, 8)))
         found += [("gradient", "fp32", (chunk, *rest)) for chunk, rest in settings]
     return found
 

@@ -303,9 +303,9 @@ class AdamSchedule:
 
 
 SCHEDULES = {
-    "fp32": AdamSchedule(chunk=8192, block=2048, warps=4),
-    "bf16": AdamSchedule(chunk=8192, block=2048, warps=4),
-    "8bit": AdamSchedule(chunk=8192, block=2048, warps=4),
+    "fp32": AdamSchedule(chunk=4096, block=4096, warps=8),
+    "bf16": AdamSchedule(chunk=2048, block=2048, warps=4),
+    "8bit": AdamSchedule(chunk=4096, block=1024, warps=4),
 }
 
 

@@ -30,7 +30,7 @@ from fastft_kernels.device import (
 )
 from fastft_kernels.layer_norm import output_dtype
 from fastft_kernels.partial_sums import sum_partials
-from fastft_kernels.row_schedule import backward_schedule, forward_schedule, persistent_programs
+from fastft_kernels.row_schedule import Schedule, backward_schedule, forward_schedule, programs
 
 
 def reference(
@@ -58,29 +58,33 @@ def _forward_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = sample * length + position
     column = tl.arange(0, BLOCK_N)
-    inside = (position < length)[:, None] & (column < N)[None, :]
-    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        at = row[:, None] * residual_stride + column[None, :]
-        residual = tl.load(RESIDUAL + at, mask=inside, other=0.0)
+    in_row = (column < N)[None, :]
     scale = tl.load(SCALE + sample * N + column, mask=column < N, other=0.0).to(tl.float32)
     shift = tl.load(SHIFT + sample * N + column, mask=column < N, other=0.0).to(tl.float32)
-    x = x.to(tl.float32)
-    mean = tl.sum(x, axis=1) / N
-    centred = tl.where((column < N)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    y = centred * rstd[:, None] * (1.0 + scale)[None, :] + shift[None, :]
-    if HAS_RESIDUAL:
-        y += residual.to(tl.float32)
-    tl.store(Y + row[:, None] * N + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
-    tl.store(MEAN + row, mean, mask=position < length)
-    tl.store(RSTD + row, rstd, mask=position < length)
+    scale = (1.0 + scale)[None, :]
+    for tile in tl.range(  # pyright: ignore
+        tl.program_id(0), tl.cdiv(length, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
+        position = tile * ROWS + tl.arange(0, ROWS)
+        row = sample * length + position
+        inside = (position < length)[:, None] & in_row
+        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        mean = tl.sum(x, axis=1) / N
+        centred = tl.where(in_row, x - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+        y = centred * rstd[:, None] * scale + shift[None, :]
+        if HAS_RESIDUAL:
+            at = row[:, None] * residual_stride + column[None, :]
+            y += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(Y + row[:, None] * N + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
+        tl.store(MEAN + row, mean, mask=position < length)
+        tl.store(RSTD + row, rstd, mask=position < length)
 
 
 @triton.jit
@@ -132,6 +136,13 @@ def _backward_kernel(
     tl.store(at, tl.sum(dshift, axis=0), mask=column < N)
 
 
+def _programs_per_sample(
+    schedule: Schedule, length: int, samples: int, device: torch.device
+) -> int:
+    tiles = ceil_div(length, schedule.rows)
+    return ceil_div(programs(schedule, tiles * samples, device), samples)
+
+
 def _launch_forward(x, scale, shift, residual, eps, out) -> None:
     y, mean, rstd = out
     columns = x.shape[-1]
@@ -143,7 +154,7 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
     schedule = forward_schedule(columns, x.element_size())
     launch(
         _forward_kernel,
-        (ceil_div(length, schedule.rows), samples),
+        (_programs_per_sample(schedule, length, samples, x.device), samples),
         x.device,
         rows,
         added,
@@ -159,6 +170,7 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
+        STAGES=schedule.stages,
         HAS_RESIDUAL=residual is not None,
         num_warps=schedule.warps,
     )
@@ -206,12 +218,11 @@ def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
         return
     length = len(x) // samples
     schedule = backward_schedule(columns, x.element_size())
-    tiles = ceil_div(length, schedule.rows)
-    programs = ceil_div(persistent_programs(schedule, tiles * samples, x.device), samples)
-    partial = x.new_empty((2, samples, programs, columns), dtype=torch.float32)
+    grid = _programs_per_sample(schedule, length, samples, x.device)
+    partial = x.new_empty((2, samples, grid, columns), dtype=torch.float32)
     launch(
         _backward_kernel,
-        (programs, samples),
+        (grid, samples),
         x.device,
         dy,
         x,

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastft_kernels.device import launch
 from fastft_kernels.tensor_table import ChunkTable, Kinds
 
-CHUNK, BLOCK, WARPS = 16384, 4096, 8
+CHUNK, BLOCK, WARPS = 65536, 2048, 4
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from fastft_kernels.device import (
     runs_triton,
 )
 from fastft_kernels.partial_sums import sum_partials
-from fastft_kernels.row_schedule import backward_schedule, forward_schedule, persistent_programs
+from fastft_kernels.row_schedule import backward_schedule, forward_schedule, programs
 
 
 def reference(
@@ -60,34 +60,43 @@ def _forward_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_N)
-    inside = (row < rows)[:, None] & (column < N)[None, :]
-    out = row[:, None] * N + column[None, :]
-    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32)
-    if HAS_RESIDUAL:
-        at = row[:, None] * residual_stride + column[None, :]
-        x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
-        # Normalise what is stored, so that backward sees the same numbers.
-        s = x.to(S.dtype.element_ty)
-        tl.store(S + out, s, mask=inside)
-        x = s.to(tl.float32)
-    mean = tl.sum(x, axis=1) / N
-    centred = tl.where((column < N)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    y = centred * rstd[:, None]
+    in_row = (column < N)[None, :]
     if HAS_WEIGHT:
-        y *= tl.load(WEIGHT + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(WEIGHT + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        y += tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
-    tl.store(MEAN + row, mean, mask=row < rows)
-    tl.store(RSTD + row, rstd, mask=row < rows)
+        bias = tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    for tile in tl.range(  # pyright: ignore
+        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & in_row
+        out = row[:, None] * N + column[None, :]
+        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        if HAS_RESIDUAL:
+            at = row[:, None] * residual_stride + column[None, :]
+            x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
+            # Normalise what is stored, so that backward sees the same numbers.
+            s = x.to(S.dtype.element_ty)
+            tl.store(S + out, s, mask=inside)
+            x = s.to(tl.float32)
+        mean = tl.sum(x, axis=1) / N
+        centred = tl.where(in_row, x - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+        y = centred * rstd[:, None]
+        if HAS_WEIGHT:
+            y *= weight
+        if HAS_BIAS:
+            y += bias
+        tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
+        tl.store(MEAN + row, mean, mask=row < rows)
+        tl.store(RSTD + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -160,7 +169,7 @@ def _launch_forward(
     schedule = forward_schedule(columns, x.element_size())
     launch(
         _forward_kernel,
-        (ceil_div(len(rows), schedule.rows),),
+        (programs(schedule, ceil_div(len(rows), schedule.rows), x.device),),
         x.device,
         rows,
         added,
@@ -177,6 +186,7 @@ def _launch_forward(
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
+        STAGES=schedule.stages,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
@@ -240,12 +250,12 @@ def _launch_backward(
         dbias.zero_()
         return
     schedule = backward_schedule(columns, s.element_size())
-    programs = persistent_programs(schedule, ceil_div(len(s), schedule.rows), s.device)
-    shape = (2, 1, programs, columns) if wants_sums else (0,)
+    grid = programs(schedule, ceil_div(len(s), schedule.rows), s.device)
+    shape = (2, 1, grid, columns) if wants_sums else (0,)
     partial = s.new_empty(shape, dtype=torch.float32)
     launch(
         _backward_kernel,
-        (programs,),
+        (grid,),
         s.device,
         dy,
         ds,

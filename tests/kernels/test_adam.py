@@ -22,7 +22,7 @@ def small_chunks(monkeypatch):
 def make_params(device, dtype=torch.float32) -> list[nn.Parameter]:
     torch.manual_seed(3)
     shapes = [(3, 5), (1,), (0,), (1100,), (2, 1024), (7, 33)]
-    return [nn.Parameter(torch.randn(s, device=device).to(dtype)) for s in shapes]
+    return [nn.Parameter(torch.randn(s).to(device, dtype)) for s in shapes]
 
 
 def set_grads(params, step: int, scale: float = 1.0) -> None:
