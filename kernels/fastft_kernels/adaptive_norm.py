@@ -26,11 +26,17 @@ from fastft_kernels.device import (
     check_columns,
     launch,
     next_power_of_2,
+    output_dtype,
     runs_triton,
 )
-from fastft_kernels.layer_norm import output_dtype
 from fastft_kernels.partial_sums import sum_partials
-from fastft_kernels.row_schedule import Schedule, backward_schedule, forward_schedule, programs
+from fastft_kernels.row_schedule import (
+    Schedule,
+    backward_schedule,
+    element_bytes,
+    forward_schedule,
+    programs,
+)
 
 
 def reference(
@@ -40,6 +46,51 @@ def reference(
     per_row = (len(x),) + (1,) * (x.dim() - 2) + (x.shape[-1],)
     y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.view(per_row)) + shift.view(per_row)
     return y if residual is None else residual + y
+
+
+@triton.jit
+def _modulation(SCALE, SHIFT, sample, column, N: tl.constexpr):
+    at = sample * N + column
+    scale = tl.load(SCALE + at, mask=column < N, other=0.0).to(tl.float32)
+    return 1.0 + scale, tl.load(SHIFT + at, mask=column < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_tile(
+    tile,
+    pointers,
+    sizes,
+    kept,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Norms ROWS rows of a sample; kept is (1 + scale, shift) where the program has them."""
+    X, RESIDUAL, SCALE, SHIFT, Y, MEAN, RSTD = pointers
+    x_stride, residual_stride, length, eps = sizes
+    sample = tl.program_id(1).to(tl.int64)
+    position = tile * ROWS + tl.arange(0, ROWS)
+    row = sample * length + position
+    column = tl.arange(0, BLOCK_N)
+    in_row = (column < N)[None, :]
+    inside = (position < length)[:, None] & in_row
+    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        at = row[:, None] * residual_stride + column[None, :]
+        residual = tl.load(RESIDUAL + at, mask=inside, other=0.0)
+    if kept is None:
+        kept = _modulation(SCALE, SHIFT, sample, column, N)
+    x = x.to(tl.float32)
+    mean = tl.sum(x, axis=1) / N
+    centred = tl.where(in_row, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    y = centred * rstd[:, None] * kept[0][None, :] + kept[1][None, :]
+    if HAS_RESIDUAL:
+        y += residual.to(tl.float32)
+    tl.store(Y + row[:, None] * N + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(MEAN + row, mean, mask=position < length)
+    tl.store(RSTD + row, rstd, mask=position < length)
 
 
 @triton.jit
@@ -59,32 +110,20 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, BLOCK_N)
-    in_row = (column < N)[None, :]
-    scale = tl.load(SCALE + sample * N + column, mask=column < N, other=0.0).to(tl.float32)
-    shift = tl.load(SHIFT + sample * N + column, mask=column < N, other=0.0).to(tl.float32)
-    scale = (1.0 + scale)[None, :]
-    for tile in tl.range(  # pyright: ignore
-        tl.program_id(0), tl.cdiv(length, ROWS), tl.num_programs(0), num_stages=STAGES
-    ):
-        position = tile * ROWS + tl.arange(0, ROWS)
-        row = sample * length + position
-        inside = (position < length)[:, None] & in_row
-        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-        x = x.to(tl.float32)
-        mean = tl.sum(x, axis=1) / N
-        centred = tl.where(in_row, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-        y = centred * rstd[:, None] * scale + shift[None, :]
-        if HAS_RESIDUAL:
-            at = row[:, None] * residual_stride + column[None, :]
-            y += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(Y + row[:, None] * N + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
-        tl.store(MEAN + row, mean, mask=position < length)
-        tl.store(RSTD + row, rstd, mask=position < length)
+    pointers = (X, RESIDUAL, SCALE, SHIFT, Y, MEAN, RSTD)
+    sizes = (x_stride, residual_stride, length, eps)
+    first = tl.program_id(0)
+    if PERSISTENT:
+        column = tl.arange(0, BLOCK_N)
+        kept = _modulation(SCALE, SHIFT, tl.program_id(1).to(tl.int64), column, N)
+        tiles = tl.cdiv(length, ROWS)
+        for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=STAGES):
+            _forward_tile(tile, pointers, sizes, kept, N, BLOCK_N, ROWS, HAS_RESIDUAL)
+    else:
+        _forward_tile(first, pointers, sizes, None, N, BLOCK_N, ROWS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -151,26 +190,18 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
     if not len(rows):
         return
     samples, length = len(scale), len(rows) // len(scale)
-    schedule = forward_schedule(columns, x.element_size())
+    schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
     launch(
         _forward_kernel,
         (_programs_per_sample(schedule, length, samples, x.device), samples),
         x.device,
-        rows,
-        added,
-        scale.contiguous(),
-        shift.contiguous(),
-        y,
-        mean,
-        rstd,
-        rows.stride(0),
-        added.stride(0),
-        length,
-        eps,
+        *(rows, added, scale.contiguous(), shift.contiguous(), y, mean, rstd),
+        *(rows.stride(0), added.stride(0), length, eps),
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
         STAGES=schedule.stages,
+        PERSISTENT=schedule.programs_per_sm > 0,
         HAS_RESIDUAL=residual is not None,
         num_warps=schedule.warps,
     )
@@ -217,23 +248,15 @@ def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
         dshift.zero_()
         return
     length = len(x) // samples
-    schedule = backward_schedule(columns, x.element_size())
+    schedule = backward_schedule(columns, element_bytes(dy, x), x.device)
     grid = _programs_per_sample(schedule, length, samples, x.device)
     partial = x.new_empty((2, samples, grid, columns), dtype=torch.float32)
     launch(
         _backward_kernel,
         (grid, samples),
         x.device,
-        dy,
-        x,
-        scale.contiguous(),
-        mean,
-        rstd,
-        dx,
-        partial,
-        dy.stride(0),
-        x.stride(0),
-        length,
+        *(dy, x, scale.contiguous(), mean, rstd, dx, partial),
+        *(dy.stride(0), x.stride(0), length),
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,

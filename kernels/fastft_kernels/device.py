@@ -34,15 +34,19 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _properties(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once; 3 under the interpreter, so that tiny tests still share."""
-    if device.type != "cuda":
-        return 3
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    return 3 if device.type != "cuda" else _properties(device.index)[0]
+
+
+def shared_memory_bytes(device: torch.device) -> int:
+    """What one program may use; that of an H200 where there is no GPU."""
+    return 232448 if device.type != "cuda" else _properties(device.index)[1]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -79,3 +83,9 @@ def check_columns(op: str, x: torch.Tensor) -> None:
             f"{op}: the last dimension must be 1 to {MAX_COLUMNS}; got {x.shape[-1]}; "
             "use torch.nn.functional.layer_norm there"
         )
+
+
+def output_dtype(x: torch.Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on, so that a norm never widens what it returns."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastft_kernels.device import (
     as_rows,
@@ -25,10 +25,16 @@ from fastft_kernels.device import (
     check_columns,
     launch,
     next_power_of_2,
+    output_dtype,
     runs_triton,
 )
 from fastft_kernels.partial_sums import sum_partials
-from fastft_kernels.row_schedule import backward_schedule, forward_schedule, programs
+from fastft_kernels.row_schedule import (
+    backward_schedule,
+    element_bytes,
+    forward_schedule,
+    programs,
+)
 
 
 def reference(
@@ -41,6 +47,64 @@ def reference(
     """(y, s) in plain torch, in the dtype of the inputs."""
     s = x if residual is None else x + residual
     return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
+
+
+@triton.jit
+def _affine(
+    WEIGHT, BIAS, column, N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    weight = 1.0
+    bias = 0.0
+    if HAS_WEIGHT:
+        weight = tl.load(WEIGHT + column, mask=column < N, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)
+    return weight, bias
+
+
+@triton.jit
+def _forward_tile(
+    tile,
+    pointers,
+    sizes,
+    kept,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Norms ROWS rows; kept is (weight, bias) where the program has them already."""
+    X, RESIDUAL, S, WEIGHT, BIAS, Y, MEAN, RSTD = pointers
+    x_stride, residual_stride, rows, eps = sizes
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    in_row = (column < N)[None, :]
+    inside = (row < rows)[:, None] & in_row
+    out = row[:, None] * N + column[None, :]
+    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        at = row[:, None] * residual_stride + column[None, :]
+        x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
+        # Normalise what is stored, so that backward sees the same numbers.
+        s = x.to(S.dtype.element_ty)
+        tl.store(S + out, s, mask=inside)
+        x = s.to(tl.float32)
+    if kept is None:
+        kept = _affine(WEIGHT, BIAS, column, N, HAS_WEIGHT, HAS_BIAS)
+    mean = tl.sum(x, axis=1) / N
+    centred = tl.where(in_row, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= kept[0][None, :]
+    if HAS_BIAS:
+        y += kept[1][None, :]
+    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(MEAN + row, mean, mask=row < rows)
+    tl.store(RSTD + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -61,42 +125,26 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    column = tl.arange(0, BLOCK_N)
-    in_row = (column < N)[None, :]
-    if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    for tile in tl.range(  # pyright: ignore
-        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
-    ):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & in_row
-        out = row[:, None] * N + column[None, :]
-        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-        x = x.to(tl.float32)
-        if HAS_RESIDUAL:
-            at = row[:, None] * residual_stride + column[None, :]
-            x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
-            # Normalise what is stored, so that backward sees the same numbers.
-            s = x.to(S.dtype.element_ty)
-            tl.store(S + out, s, mask=inside)
-            x = s.to(tl.float32)
-        mean = tl.sum(x, axis=1) / N
-        centred = tl.where(in_row, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-        y = centred * rstd[:, None]
-        if HAS_WEIGHT:
-            y *= weight
-        if HAS_BIAS:
-            y += bias
-        tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
-        tl.store(MEAN + row, mean, mask=row < rows)
-        tl.store(RSTD + row, rstd, mask=row < rows)
+    pointers = (X, RESIDUAL, S, WEIGHT, BIAS, Y, MEAN, RSTD)
+    sizes = (x_stride, residual_stride, rows, eps)
+    first = tl.program_id(0)
+    if PERSISTENT:
+        kept = _affine(WEIGHT, BIAS, tl.arange(0, BLOCK_N), N, HAS_WEIGHT, HAS_BIAS)
+        tiles = tl.cdiv(rows, ROWS)
+        for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=STAGES):
+            _forward_tile(
+                tile, pointers, sizes, kept, N, BLOCK_N, ROWS, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS
+            )
+    else:
+        # No loop around a single tile: it would cost a third more registers.
+        _forward_tile(
+            first, pointers, sizes, None, N, BLOCK_N, ROWS, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS
+        )
 
 
 @triton.jit
@@ -157,36 +205,25 @@ def _backward_kernel(
         tl.store(at, tl.sum(dbias, axis=0), mask=column < N)
 
 
-def _launch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, out
-) -> None:
+def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     y, s, mean, rstd = out
     columns = x.shape[-1]
     rows = as_rows(x, columns)
     added = rows if residual is None else as_rows(residual, columns)
     if not len(rows):
         return
-    schedule = forward_schedule(columns, x.element_size())
+    schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
     launch(
         _forward_kernel,
         (programs(schedule, ceil_div(len(rows), schedule.rows), x.device),),
         x.device,
-        rows,
-        added,
-        s,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        rows.stride(0),
-        added.stride(0),
-        len(rows),
-        eps,
+        *(rows, added, s, weight, bias, y, mean, rstd),
+        *(rows.stride(0), added.stride(0), len(rows), eps),
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
         STAGES=schedule.stages,
+        PERSISTENT=schedule.programs_per_sm > 0,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
@@ -194,9 +231,7 @@ def _launch_forward(
     )
 
 
-def _forward_cpu(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, out
-) -> None:
+def _forward_cpu(x, residual, weight, bias, eps, out) -> None:
     y, s, mean, rstd = out
     if residual is not None:
         s.copy_(x.float() + residual.float())
@@ -238,18 +273,17 @@ def _forward_fake(x, residual, weight, bias, eps, out_dtype):
     )
 
 
-def _launch_backward(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean, rstd, wants_sums, out
-) -> None:
+def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
     dx, dweight, dbias = out
     columns = s.shape[-1]
     dy, s = as_rows(dy, columns), as_rows(s, columns)
+    streams = (dy, s) if ds is None else (dy, s, ds)
     ds = dy if ds is None else as_rows(ds, columns)
     if not len(s):
         dweight.zero_()
         dbias.zero_()
         return
-    schedule = backward_schedule(columns, s.element_size())
+    schedule = backward_schedule(columns, element_bytes(*streams), s.device)
     grid = programs(schedule, ceil_div(len(s), schedule.rows), s.device)
     shape = (2, 1, grid, columns) if wants_sums else (0,)
     partial = s.new_empty(shape, dtype=torch.float32)
@@ -257,18 +291,8 @@ def _launch_backward(
         _backward_kernel,
         (grid,),
         s.device,
-        dy,
-        ds,
-        s,
-        weight,
-        mean,
-        rstd,
-        dx,
-        partial,
-        dy.stride(0),
-        ds.stride(0),
-        s.stride(0),
-        len(s),
+        *(dy, ds, s, weight, mean, rstd, dx, partial),
+        *(dy.stride(0), ds.stride(0), s.stride(0), len(s)),
         N=columns,
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
@@ -352,12 +376,6 @@ def _autograd(ctx, dy, ds, _dmean, _drstd):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def output_dtype(x: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on, so that a norm never widens what it returns."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -386,20 +404,3 @@ def residual_layer_norm(
         )
     y, s, _, _ = _forward(x, residual, weight, bias, eps, output_dtype(x))
     return y, s
-
-
-class FusedLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` with the same parameters and state dict, computed by `layer_norm`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`[..., *normalized_shape]` in, the same shape out."""
-        flat = input.flatten(-len(self.normalized_shape)) if self.many else input
-        weight, bias = self.weight, self.bias
-        if self.many:
-            weight, bias = (t if t is None else t.flatten() for t in (weight, bias))
-        return layer_norm(flat, weight, bias, self.eps).view(input.shape)
-
-    @property
-    def many(self) -> bool:
-        """True when the norm spans several dimensions."""
-        return len(self.normalized_shape) > 1

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from fastft_kernels.device import multiprocessors, next_power_of_2
+from fastft_kernels.device import multiprocessors, next_power_of_2, shared_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -21,27 +22,38 @@ class Schedule:
     programs_per_sm: int = 0
 
 
-def forward_schedule(columns: int, element_bytes: int) -> Schedule:
-    """Short rows: a program per tile of 8,192 elements. Long ones: persistent, with prefetch.
+def element_bytes(*streams: Tensor | None) -> int:
+    """Bytes that one element's prefetch takes in shared memory."""
+    return sum(0 if stream is None else stream.element_size() for stream in streams)
+
+
+def _stages(wanted: int, tile_elements: int, bytes_each: int, device: torch.device) -> int:
+    """As many stages as shared memory holds, with one tile's room for exchanges besides."""
+    fitting = shared_memory_bytes(device) // (tile_elements * bytes_each) - 1
+    return max(1, min(wanted, fitting))
+
+
+def forward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
+    """Short rows: a program per tile of 16 KB. Long ones: persistent, with prefetch.
 
     Weight and bias in float32 are twice the bytes of a bf16 row, from the L2 cache: a program must
-    use them for several rows, which beyond 4,096 columns only fit one after the other.
+    use them for two rows at least, which beyond 4,096 columns only fit one after the other.
     """
     block = next_power_of_2(columns)
     if block <= 4096:
-        return Schedule(rows=max(1, 8192 // block), warps=8)
-    return Schedule(rows=1, warps=min(32, block // 512), stages=3, programs_per_sm=1)
+        rows = max(2 if block == 4096 else 1, 16384 // next_power_of_2(bytes_each) // block)
+        return Schedule(rows=rows, warps=min(8, max(2, rows * block // 1024)))
+    warps, stages = min(32, block // 512), _stages(3, block, bytes_each, device)
+    return Schedule(rows=1, warps=warps, stages=stages, programs_per_sm=max(1, 32 // warps))
 
 
-def backward_schedule(columns: int, element_bytes: int) -> Schedule:
+def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
     """One persistent program per multiprocessor, tiles of 4,096 elements, three in flight."""
     block = next_power_of_2(columns)
-    if block <= 2048:
-        return Schedule(rows=4096 // block, warps=8, stages=4, programs_per_sm=1)
-    if block == 4096:
-        return Schedule(rows=1, warps=16, stages=4, programs_per_sm=1)
-    stages = 3 if block == 8192 else 2
-    return Schedule(rows=1, warps=min(32, block // 512), stages=stages, programs_per_sm=1)
+    tile = max(4096, block)
+    warps = 8 if block <= 2048 else min(32, max(16, block // 512))
+    stages = _stages(4 if tile == 4096 else 3, tile, bytes_each, device)
+    return Schedule(rows=tile // block, warps=warps, stages=stages, programs_per_sm=1)
 
 
 def programs(schedule: Schedule, tiles: int, device: torch.device) -> int:

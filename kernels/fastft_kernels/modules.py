@@ -1,11 +1,28 @@
-"""Swaps a model's layer norms for fused ones, in place, and says what it did."""
+"""`FusedLayerNorm`, and the swap of a model's layer norms for it, in place."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastft_kernels.device import FLOAT_DTYPES, MAX_COLUMNS
-from fastft_kernels.layer_norm import FusedLayerNorm
+from fastft_kernels.layer_norm import layer_norm
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` with the same parameters and state dict, computed by `layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., *normalized_shape]` in, the same shape out."""
+        flat = input.flatten(-len(self.normalized_shape)) if self.many else input
+        weight, bias = self.weight, self.bias
+        if self.many:
+            weight, bias = (t if t is None else t.flatten() for t in (weight, bias))
+        return layer_norm(flat, weight, bias, self.eps).view(input.shape)
+
+    @property
+    def many(self) -> bool:
+        """True when the norm spans several dimensions."""
+        return len(self.normalized_shape) > 1
 
 
 @dataclass(frozen=True)
