@@ -53,10 +53,13 @@ def time_replayed(make_call: Callable[[], Callable[[], object]], count: int) -> 
     return Timing(timing.p20 / count, timing.p50 / count, timing.p80 / count)
 
 
-def time_host(call: Callable[[], object], repeats: int = 20) -> float:
+def time_host(
+    call: Callable[[], object], repeats: int = 20, before: Callable[[], object] = lambda: None
+) -> float:
     """Median microseconds the host spends in a call, the device idle before each."""
     seconds = []
     for _ in range(repeats):
+        before()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()

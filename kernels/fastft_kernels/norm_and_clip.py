@@ -129,13 +129,14 @@ class GradientNorm:
         scale = one if loss_scale is None else loss_scale
         outputs = [torch.empty(n, device=device) for n in (*[len(grads) + max(groups) + 2] * 2, 4)]
         if runs_triton(present[0]):
-            self._launch(list(grads), groups, scale, max_norm, outputs)
+            self._launch(list(grads), present, groups, scale, max_norm, outputs)
         else:
             self._run_on_cpu(grads, groups, float(scale), outputs)
         return _named(outputs, len(grads))
 
-    def _launch(self, grads, groups, scale, max_norm, outputs) -> None:
-        grads = [g if g is None or is_dense(g) else g.contiguous() for g in grads]
+    def _launch(self, grads, present, groups, scale, max_norm, outputs) -> None:
+        if not all(map(Tensor.is_contiguous, present)):
+            grads = [g if g is None or is_dense(g) else g.contiguous() for g in grads]
         plan = self._refreshed_plan(grads, groups, scale.device)
         zclip = None
         if self.zclip is not None and self.state is not None:
