@@ -25,6 +25,7 @@ from fastft_kernels.device import (
     ceil_div,
     check_columns,
     launch,
+    multiprocessors,
     next_power_of_2,
     output_dtype,
     runs_triton,
@@ -35,7 +36,7 @@ from fastft_kernels.row_schedule import (
     backward_schedule,
     element_bytes,
     forward_schedule,
-    programs,
+    programs_per_sample,
 )
 
 
@@ -175,11 +176,12 @@ def _backward_kernel(
     tl.store(at, tl.sum(dshift, axis=0), mask=column < N)
 
 
-def _programs_per_sample(
-    schedule: Schedule, length: int, samples: int, device: torch.device
-) -> int:
+def _programs(schedule: Schedule, length: int, samples: int, device: torch.device) -> int:
     tiles = ceil_div(length, schedule.rows)
-    return ceil_div(programs(schedule, tiles * samples, device), samples)
+    if not schedule.programs_per_sm:
+        return tiles
+    at_once = schedule.programs_per_sm * multiprocessors(device)
+    return programs_per_sample(at_once, samples, tiles)
 
 
 def _launch_forward(x, scale, shift, residual, eps, out) -> None:
@@ -193,7 +195,7 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
     schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
     launch(
         _forward_kernel,
-        (_programs_per_sample(schedule, length, samples, x.device), samples),
+        (_programs(schedule, length, samples, x.device), samples),
         x.device,
         *(rows, added, scale.contiguous(), shift.contiguous(), y, mean, rstd),
         *(rows.stride(0), added.stride(0), length, eps),
@@ -249,7 +251,7 @@ def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
         return
     length = len(x) // samples
     schedule = backward_schedule(columns, element_bytes(dy, x), x.device)
-    grid = _programs_per_sample(schedule, length, samples, x.device)
+    grid = _programs(schedule, length, samples, x.device)
     partial = x.new_empty((2, samples, grid, columns), dtype=torch.float32)
     launch(
         _backward_kernel,
