@@ -43,6 +43,7 @@ class Records:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "date": datetime.date.today().isoformat(),
+            "timing": "slept",
         }
         print(self.common, flush=True)
 

@@ -35,6 +35,9 @@ def forward_candidates(columns: int) -> list[Schedule]:
     for tile, warps, stages, count in itertools.product((4096, 8192), (8, 16), (3, 4), (1, 2, 4)):
         if tile >= columns and tile <= 512 * warps * 2 and count * warps <= 32:
             chosen.append(Schedule(tile // columns, warps, stages, count))
+    if columns == 8192:
+        # More programs than run at once: waves that drift apart, weights still used several times.
+        chosen += [Schedule(1, w, s, n) for w in (8, 16) for s in (1, 3) for n in (4, 8, 16)]
     return chosen
 
 

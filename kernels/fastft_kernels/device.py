@@ -10,6 +10,8 @@ from triton import knobs
 MAX_COLUMNS = 16384
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# As it was when the kernels were decorated; setting the variable later changes nothing.
+_INTERPRETED = bool(knobs.runtime.interpret)
 _interpreting = False
 
 
@@ -20,7 +22,7 @@ def interpret_on_cpu(enabled: bool) -> None:
     than the interpreter.
     """
     global _interpreting
-    if enabled and not knobs.runtime.interpret:
+    if enabled and not _INTERPRETED:
         raise RuntimeError(
             "interpret_on_cpu: TRITON_INTERPRET must be 1 before fastft_kernels is imported; "
             "got it unset; set it in the environment or at the top of conftest.py"

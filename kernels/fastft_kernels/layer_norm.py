@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fastft_kernels.device import (
     as_rows,
-    ceil_div,
     check_columns,
     launch,
     next_power_of_2,
@@ -50,15 +49,13 @@ def reference(
 
 
 @triton.jit
-def _affine(
-    WEIGHT, BIAS, column, N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def _affine(WEIGHT, BIAS, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
     weight = 1.0
     bias = 0.0
     if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + column, mask=column < N, other=0.0).to(tl.float32)
+        weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)
+        bias = tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)
     return weight, bias
 
 
@@ -93,7 +90,7 @@ def _forward_tile(
         tl.store(S + out, s, mask=inside)
         x = s.to(tl.float32)
     if kept is None:
-        kept = _affine(WEIGHT, BIAS, column, N, HAS_WEIGHT, HAS_BIAS)
+        kept = _affine(WEIGHT, BIAS, column, column < N, HAS_WEIGHT, HAS_BIAS)
     mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
@@ -134,7 +131,8 @@ def _forward_kernel(
     sizes = (x_stride, residual_stride, rows, eps)
     first = tl.program_id(0)
     if PERSISTENT:
-        kept = _affine(WEIGHT, BIAS, tl.arange(0, BLOCK_N), N, HAS_WEIGHT, HAS_BIAS)
+        column = tl.arange(0, BLOCK_N)
+        kept = _affine(WEIGHT, BIAS, column, column < N, HAS_WEIGHT, HAS_BIAS)
         tiles = tl.cdiv(rows, ROWS)
         for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=STAGES):
             _forward_tile(
@@ -215,7 +213,7 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
     launch(
         _forward_kernel,
-        (programs(schedule, ceil_div(len(rows), schedule.rows), x.device),),
+        (programs(schedule, len(rows), x.device),),
         x.device,
         *(rows, added, s, weight, bias, y, mean, rstd),
         *(rows.stride(0), added.stride(0), len(rows), eps),
@@ -236,12 +234,11 @@ def _forward_cpu(x, residual, weight, bias, eps, out) -> None:
     if residual is not None:
         s.copy_(x.float() + residual.float())
         x = s
-    x = x.float()
-    variance, average = torch.var_mean(x, -1, correction=0)
+    variance, average = torch.var_mean(x.float(), -1, correction=0)
     mean.copy_(average.reshape(-1))
     rstd.copy_((variance + eps).rsqrt().reshape(-1))
     weight, bias = (t if t is None else t.float() for t in (weight, bias))
-    y.copy_(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
+    y.copy_(F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps))
 
 
 @torch.library.custom_op("fastft::layer_norm_forward", mutates_args=())
@@ -277,14 +274,14 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
     dx, dweight, dbias = out
     columns = s.shape[-1]
     dy, s = as_rows(dy, columns), as_rows(s, columns)
-    streams = (dy, s) if ds is None else (dy, s, ds)
-    ds = dy if ds is None else as_rows(ds, columns)
     if not len(s):
         dweight.zero_()
         dbias.zero_()
         return
-    schedule = backward_schedule(columns, element_bytes(*streams), s.device)
-    grid = programs(schedule, ceil_div(len(s), schedule.rows), s.device)
+    schedule = backward_schedule(columns, element_bytes(dy, s, ds), s.device)
+    has_ds = ds is not None
+    ds = as_rows(ds, columns) if has_ds else dy
+    grid = programs(schedule, len(s), s.device)
     shape = (2, 1, grid, columns) if wants_sums else (0,)
     partial = s.new_empty(shape, dtype=torch.float32)
     launch(
@@ -297,7 +294,7 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
         BLOCK_N=next_power_of_2(columns),
         ROWS=schedule.rows,
         STAGES=schedule.stages,
-        HAS_DS=ds is not dy,
+        HAS_DS=has_ds,
         HAS_WEIGHT=weight is not None,
         WANTS_SUMS=wants_sums,
         num_warps=schedule.warps,
@@ -308,9 +305,8 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
 
 def _backward_cpu(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
     dx, dweight, dbias = out
-    columns = s.shape[-1]
-    rows = dy.reshape(-1, columns).float()
-    h = (s.reshape(-1, columns).float() - mean[:, None]) * rstd[:, None]
+    rows = dy.reshape(-1, s.shape[-1]).float()
+    h = (s.reshape(rows.shape).float() - mean[:, None]) * rstd[:, None]
     c = rows if weight is None else rows * weight.float()
     inner = c - c.mean(1, keepdim=True) - h * (c * h).mean(1, keepdim=True)
     total = (inner * rstd[:, None]).reshape(s.shape)
@@ -350,24 +346,21 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
-    ctx.x_dtype = x.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, bias))
 
 
 def _autograd(ctx, dy, ds, _dmean, _drstd):
     s, weight, mean, rstd = ctx.saved_tensors
-    if ctx.residual_dtype is None:
-        ds = None
-    if dy is None:
-        dy = torch.zeros_like(s)
+    x_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    ds = None if residual_dtype is None else ds
+    dy = torch.zeros_like(s) if dy is None else dy
     wants_weight, wants_bias = ctx.needs_input_grad[2:4]
     dx, dweight, dbias = _backward(dy, ds, s, weight, mean, rstd, wants_weight or wants_bias)
     return (
-        dx.to(ctx.x_dtype),
-        None if ctx.residual_dtype is None else dx.to(ctx.residual_dtype),
+        dx.to(x_dtype),
+        None if residual_dtype is None else dx.to(residual_dtype),
         dweight if wants_weight else None,
-        dbias.to(ctx.bias_dtype) if wants_bias else None,
+        dbias.to(bias_dtype) if wants_bias else None,
         None,
         None,
     )

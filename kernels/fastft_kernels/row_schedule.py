@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft_kernels.device import multiprocessors, next_power_of_2, shared_memory_bytes
+from fastft_kernels.device import ceil_div, multiprocessors, next_power_of_2, shared_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Sc
     return Schedule(rows=tile // block, warps=warps, stages=stages, programs_per_sm=1)
 
 
-def programs(schedule: Schedule, tiles: int, device: torch.device) -> int:
+def programs(schedule: Schedule, rows: int, device: torch.device) -> int:
     """How many programs to launch; never more than there are tiles."""
+    tiles = ceil_div(rows, schedule.rows)
     if not schedule.programs_per_sm:
         return tiles
     return max(1, min(tiles, schedule.programs_per_sm * multiprocessors(device)))
@@ -75,7 +76,7 @@ def programs_per_sample(at_once: int, samples: int, tiles: int) -> int:
     best, best_share = 1, 0.0
     most = min(tiles, 16 * at_once // samples + 1)
     for count in range(1, most + 1):
-        share = ideal / (-(-samples * count // at_once) * -(-tiles // count))
+        share = ideal / (ceil_div(samples * count, at_once) * ceil_div(tiles, count))
         if share > best_share + 1e-9:
             best, best_share = count, share
         if best_share >= 0.95:
