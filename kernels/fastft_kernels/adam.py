@@ -125,27 +125,28 @@ def _pointer(address, dtype, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _moments(MOMENTS, tensor, tensors, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to m, v and (8-bit) their exponents."""
+def _pointers(
+    addresses, tensor, tensors, param_dtype, grad_dtype, ALIGNED: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """p, g, m, v and (8-bit) the exponents of m and v."""
     narrow = tl.bfloat16 if LAYOUT == "bf16" else tl.uint8
     stored = tl.float32 if LAYOUT == "fp32" else narrow
-    m = _pointer(tl.load(MOMENTS + tensor), stored, ALIGNED)
-    v = _pointer(tl.load(MOMENTS + tensors + tensor), stored, ALIGNED)
-    m_exponent = _pointer(tl.load(MOMENTS + 2 * tensors + tensor), tl.uint8, False)
-    v_exponent = _pointer(tl.load(MOMENTS + 3 * tensors + tensor), tl.uint8, False)
-    return m, v, m_exponent, v_exponent
+    param, gradient, MOMENTS = addresses
+    moments = MOMENTS + tensor
+    p = _pointer(param, param_dtype, ALIGNED)
+    g = _pointer(gradient, grad_dtype, ALIGNED)
+    m = _pointer(tl.load(moments), stored, ALIGNED)
+    v = _pointer(tl.load(moments + tensors), stored, ALIGNED)
+    m_exponent = _pointer(tl.load(moments + 2 * tensors), tl.uint8, False)
+    v_exponent = _pointer(tl.load(moments + 3 * tensors), tl.uint8, False)
+    return p, g, m, v, m_exponent, v_exponent
 
 
 @triton.jit
 def _update_chunk(
-    p_pointer,
-    g_pointer,
-    moments,
+    pointers,
     scalars,
-    inverse_divisor,
-    seed,
-    start,
-    numel,
+    place,
     LAYOUT: tl.constexpr,
     MASKED: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -153,8 +154,9 @@ def _update_chunk(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    m_pointer, v_pointer, m_exponent, v_exponent = moments
+    p_pointer, g_pointer, m_pointer, v_pointer, m_exponent, v_exponent = pointers
     one_minus_beta1, one_minus_beta2, step_size, correction, eps, coupled, kept = scalars
+    start, numel, inverse_divisor, seed = place
     block: tl.constexpr = BLOCK // QUANTUM
     g_square = tl.zeros([block], tl.float32)
     u_square = tl.zeros([block], tl.float32)
@@ -245,46 +247,21 @@ def _adam_kernel(
         )
         step = tl.load(shared + 7).to(tl.uint32)
         mixed = random_bits(tensor.to(tl.uint32), random_bits(step, seed.to(tl.uint32)))
-        inverse = 1.0 / tl.load(DIVISOR)
+        addresses = (tl.load(PARAM + tensor), gradient, MOMENTS)
+        place = (start, numel, 1.0 / tl.load(DIVISOR), mixed)
         for k in tl.static_range(len(KINDS)):
             if kind == k:
-                p = _pointer(tl.load(PARAM + tensor), KINDS[k][0], KINDS[k][2])
-                g = _pointer(gradient, KINDS[k][1], KINDS[k][2])
-                moments = _moments(MOMENTS, tensor, tensors, LAYOUT, KINDS[k][2])
+                at = _pointers(
+                    addresses, tensor, tensors, KINDS[k][0], KINDS[k][1], KINDS[k][2], LAYOUT
+                )
                 sums = (0.0, 0.0, 0.0)
                 if start + CHUNK <= numel:
                     sums = _update_chunk(
-                        p,
-                        g,
-                        moments,
-                        scalars,
-                        inverse,
-                        mixed,
-                        start,
-                        numel,
-                        LAYOUT,
-                        False,
-                        STATISTICS,
-                        CHUNK,
-                        BLOCK,
-                        STAGES,
+                        at, scalars, place, LAYOUT, False, STATISTICS, CHUNK, BLOCK, STAGES
                     )
                 else:
                     sums = _update_chunk(
-                        p,
-                        g,
-                        moments,
-                        scalars,
-                        inverse,
-                        mixed,
-                        start,
-                        numel,
-                        LAYOUT,
-                        True,
-                        STATISTICS,
-                        CHUNK,
-                        TAIL,
-                        STAGES,
+                        at, scalars, place, LAYOUT, True, STATISTICS, CHUNK, TAIL, STAGES
                     )
                 if STATISTICS:
                     tl.store(STATISTIC + chunk * 3 + 0, sums[0])

@@ -69,6 +69,7 @@ class AdamPlan:
         self.param_addresses = addresses(self.params)
         self.shadows = {i: memory_of(p) for i, p in enumerate(self.params) if not is_dense(p)}
         self.memory: list[Tensor] = [self.shadows.get(i, p) for i, p in enumerate(self.params)]
+        self.contiguous = all(memory.is_contiguous() for memory in self.memory)
         self.empty = [i for i, p in enumerate(self.params) if p.numel() == 0]
         self._adopt_state()
         self.lr: list[float] = []
@@ -205,7 +206,8 @@ class AdamPlan:
         self, gradients: list[Tensor | None], present: list[Tensor]
     ) -> dict[int, Tensor]:
         """Buffers in the parameter's layout for the gradients that have another."""
-        if all(map(Tensor.is_contiguous, present)) and all(map(Tensor.is_contiguous, self.memory)):
+        plain = all(map(Tensor.is_contiguous, present)) and self.contiguous
+        if plain and TRITON_DTYPES.keys() >= set(map(get_dtype, present)):
             return {}
         odd = {}
         for i, (memory, g) in enumerate(zip(self.memory, gradients, strict=True)):

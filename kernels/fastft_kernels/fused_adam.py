@@ -64,6 +64,11 @@ class FusedAdam(Optimizer):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"FusedAdam: betas must be in [0, 1); got {group['betas']}")
         for p in group["params"]:
+            if hasattr(p, "to_local"):
+                raise ValueError(
+                    "FusedAdam: parameters must be plain tensors; got a DTensor; use torch AdamW "
+                    "for sharded parameters"
+                )
             if p.dtype not in FLOAT_DTYPES:
                 raise ValueError(
                     f"FusedAdam: parameters must be float32, bfloat16 or float16; got {p.dtype}"

@@ -120,7 +120,8 @@ class GradientNorm:
             raise ValueError("GradientNorm: at least one gradient must exist; got none")
         device = present[0].device
         if self.state is None or self._constants is None:
-            self.state = torch.zeros(3, device=device) if self.state is None else self.state
+            state = torch.zeros(3) if self.state is None else self.state
+            self.state = state.to(device)
             self._constants = (
                 torch.full((), self.max_norm, device=device),
                 torch.ones((), device=device),
@@ -134,6 +135,14 @@ class GradientNorm:
             self._run_on_cpu(grads, groups, float(scale), outputs)
         return _named(outputs, len(grads))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """ZClip's mean, variance and steps."""
+        return {"zclip": torch.zeros(3) if self.state is None else self.state.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self.state, self._constants = state_dict["zclip"].clone(), None
+
     def _launch(self, grads, present, groups, scale, max_norm, outputs) -> None:
         if not all(map(Tensor.is_contiguous, present)):
             grads = [g if g is None or is_dense(g) else g.contiguous() for g in grads]
@@ -146,18 +155,20 @@ class GradientNorm:
         )
 
     def _refreshed_plan(self, grads: list[Tensor | None], groups: list[int], device) -> _Plan:
+        """Tables for these gradients; an address alone would not tell a new tensor from an old."""
         found = addresses(grads)
-        if self._plan is not None and found == self._addresses:
-            return self._plan
-        old = self._shape[0] if self._shape else [0] * len(grads)
-        numels = [n if g is None else g.numel() for g, n in zip(grads, old, strict=True)]
-        dtypes = [torch.float32 if g is None else g.dtype for g in grads]
-        kinds = [(d, a % 16 == 0) for d, a in zip(dtypes, found, strict=True)]
+        numels = [0 if g is None else g.numel() for g in grads]
+        kinds = [
+            (torch.float32 if g is None else g.dtype, address & 15 == 0)
+            for g, address in zip(grads, found, strict=True)
+        ]
         if self._plan is None or (numels, kinds) != self._shape:
             self._plan = _Plan(numels, kinds, groups, device)
             self._shape = (numels, kinds)
-        self._addresses = found
-        upload(found, torch.int64, device, into=self._plan.grads)
+            self._addresses = []
+        if found != self._addresses:
+            self._addresses = found
+            upload(found, torch.int64, device, into=self._plan.grads)
         return self._plan
 
     def _run_on_cpu(self, grads, groups, scale: float, outputs) -> None:

@@ -85,6 +85,20 @@ def test_zclip_matches_its_reference_path(device):
         assert plain.state is not None
         torch.testing.assert_close(ours.state.cpu(), plain.state)
     assert ours.state.tolist()[2] == 7
+    resumed = GradientNorm(max_norm=5.0, zclip=ZClip(warmup=3))
+    resumed.load_state_dict(ours.state_dict())
+    spike = [torch.tensor([30.0, 40.0], device=device)]
+    assert torch.equal(resumed(spike).clip_coefficient, ours(spike).clip_coefficient)
+
+
+def test_another_tensor_at_the_same_address(device):
+    memory = torch.ones(64, device=device)
+    norm = GradientNorm()
+    assert norm([memory]).global_norm.item() == 8.0
+    assert norm([memory[:16]]).global_norm.item() == 4.0
+    narrow = memory.view(torch.bfloat16)
+    expected = narrow.double().norm().item()
+    assert norm([narrow]).global_norm.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_clips_and_skips_through_adam(device):
