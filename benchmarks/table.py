@@ -65,18 +65,19 @@ def norm_tables(records: list[Record]) -> list[str]:
     return lines
 
 
-def sweep_table(records: list[Record]) -> list[str]:
-    """Backward by its own two launches, with the schedule in use, from a record of `sweep`."""
+def sweep_backward(records: list[Record]) -> dict[int, float]:
+    """Share of a copy by N: backward's own two launches, with the schedule in use."""
     found = {(r["what"], r["schedule"]): r["share"] for r in records}
     columns = (512, 1024, 2048, 4096, 8192)
-    cells = []
-    for n in columns:
-        schedule = backward_schedule(n, 4, torch.device("cpu"))
-        share = found.get((f"backward {n}", str(schedule)))
-        cells.append("" if share is None else f"{share:.2f}")
-    rows = [["backward", "fastft, its two launches alone", *cells]]
+    in_use = {n: str(backward_schedule(n, 4, torch.device("cpu"))) for n in columns}
+    keys = {n: (f"backward {n}", schedule) for n, schedule in in_use.items()}
+    return {n: found[key] for n, key in keys.items() if key in found}
+
+
+def sweep_table(shares: dict[int, float]) -> list[str]:
+    rows = [["backward", "fastft, its two launches alone", *(f"{s:.2f}" for s in shares.values())]]
     head = "`layer_norm`, 2^28 elements, bf16, without autograd around it, share of a copy by N:"
-    return ["", head, "", *table(["direction", "provider", *map(str, columns)], rows)]
+    return ["", head, "", *table(["direction", "provider", *map(str, shares)], rows)]
 
 
 def optimizer_tables(records: list[Record]) -> list[str]:
@@ -93,10 +94,10 @@ def optimizer_tables(records: list[Record]) -> list[str]:
     return ["", *table(header, rows)]
 
 
-def plot(records: list[Record]) -> None:
+def plot(records: list[Record], alone: dict[int, float]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        for provider in PROVIDERS:
+        for colour, provider in enumerate(PROVIDERS):
             points = sorted(
                 (r["columns"], r["share"])
                 for r in records
@@ -106,12 +107,18 @@ def plot(records: list[Record]) -> None:
                 and not host_bound(r)
             )
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
-        axis.set(xscale="log", xlabel="N", title=f"layer norm {direction}, bf16, 2^28 elements")
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", color=f"C{colour}", label=provider
+                )
+        if alone and direction == "backward":
+            label = "fastft, its two launches alone (sweep)"
+            axis.plot(*zip(*alone.items(), strict=True), "o--", color="C0", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="N", title=f"layer norm {direction}, bf16, 2^28 elements")
         axis.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
         axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.legend(loc="lower right")
     axes[0].set(ylabel="share of a copy", ylim=(0, 1.1))
-    axes[0].legend()
     figure.tight_layout()
     figure.savefig(PLOT, dpi=120)
 
@@ -133,12 +140,14 @@ def main() -> None:
     if any(host_bound(r) for r in records):
         lines += ["", "`host`: the host took longer than the kernels, so no device time is known."]
     lines += [*optimizer_tables(records), *norm_tables(records)]
+    alone: dict[int, float] = {}
     for sweep in map(Path, sys.argv[2:]):
-        lines += [*sweep_table(read(sweep)), "", f"(`benchmarks/results/{sweep.name}`)"]
+        alone = sweep_backward(read(sweep))
+        lines += [*sweep_table(alone), "", f"(`benchmarks/results/{sweep.name}`)"]
     text = README.read_text()
     head, rest = text.split(BEGIN)
     README.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))
-    plot(records)
+    plot(records, alone)
 
 
 if __name__ == "__main__":
