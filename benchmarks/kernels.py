@@ -1,0 +1,226 @@
+"""Times every op of the catalog, Adam and the gradient norm, beside their peers, in one process.
+
+Usage: python -m benchmarks.kernels OUT.jsonl [norms small adam gradient]
+"""
+
+import datetime
+import functools
+import gc
+import importlib
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import triton
+from fastft_kernels import FusedAdam, GradientNorm
+from fastft_kernels.adam_plan import StateLayout
+from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
+
+from benchmarks.sweep import BYTES, COLUMNS, ELEMENTS, make_params, model_shapes
+from benchmarks.timing import Timing, copy_bytes_per_us, time_device, time_host, time_replayed
+
+SMALL_ROWS = 4096
+SAMPLES = 16
+# Compiling takes longer than measuring; the other forms follow from these.
+COMPILED = ("layer_norm", "residual_layer_norm", "adaptive_layer_norm_residual")
+Function = Callable[..., Any]
+
+
+class Records:
+    """Writes one JSON line per measurement and says it aloud."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.copy = copy_bytes_per_us()
+        self.common = {
+            "device": torch.cuda.get_device_name(),
+            "copy_tb_per_s": round(self.copy / 1e6, 3),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+            "timing": "slept",
+        }
+        print(self.common, flush=True)
+
+    def add(self, what: dict[str, Any], timing: Timing, moved: float, **more: Any) -> None:
+        """moved: bytes that the op must move, each tensor once."""
+        times = {"p20_us": timing.p20, "p50_us": timing.p50, "p80_us": timing.p80}
+        share = moved / timing.p50 / self.copy
+        record = {**what, **times, "moved_bytes": moved, "share": round(share, 4), **more}
+        self.file.write(json.dumps({**record, **self.common}) + "\n")
+        self.file.flush()
+        shown = " ".join(str(v) for v in what.values())
+        extra = " ".join(f"{k}={v:.4g}" for k, v in more.items())
+        print(f"{shown:58s} {timing.p50:10.1f} us  share {share:.3f}  {extra}", flush=True)
+
+
+def providers(case: OpCase) -> Iterator[tuple[str, Function, torch.dtype | None]]:
+    """(name, function, dtype of the parameters or None for what the catalog makes)."""
+    yield "fastft", case.op, None
+    yield "eager", case.reference, torch.bfloat16
+    if case.name in COMPILED:
+        compiled = torch.compile(case.reference, fullgraph=True, dynamic=False)
+        yield "compile", compiled, torch.bfloat16
+    if case.name == "layer_norm" and importlib.util.find_spec("liger_kernel"):
+        liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+        yield "liger", lambda x, w, b: liger.apply(x, w, b, 1e-5), torch.bfloat16
+
+
+def check(case: OpCase, columns: int) -> None:
+    """Refuses an op whose error against float64 is more than twice the eager one, plus rounding."""
+    inputs = list(case.make_inputs((4, 129, columns), torch.bfloat16, torch.device("cuda")))
+    grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(case.op(*inputs))]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    truths = values_and_grads(case.reference, doubles, grads)
+    eager, fused = (values_and_grads(f, inputs, grads) for f in (case.reference, case.op))
+    for got, plain, truth in zip(fused, eager, truths, strict=True):
+        allowed = 2 * (plain - truth).norm() + 2.0**-8 * truth.norm()
+        if not (got - truth).norm() <= allowed:
+            raise SystemExit(f"{case.name}: wrong at N = {columns}; not timed")
+
+
+def norm_call(case: OpCase, function: Function, dtype: Any, shape: Any, direction: str) -> Any:
+    """Nothing but the op's own launches, on fresh random inputs."""
+    inputs = case.make_inputs(shape, torch.bfloat16, torch.device("cuda"))
+    if dtype is not None:
+        inputs = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
+    if direction == "forward":
+        return lambda: function(*inputs)
+    outputs = as_tuple(function(*inputs))
+    grads = [torch.randn_like(y) for y in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+
+def bench_norms(records: Records, rows: int | None) -> None:
+    """Large: 2^28 elements. Small: a micro-batch of `rows` rows, replayed from a CUDA graph."""
+    for case, columns in itertools.product(CATALOG, COLUMNS):
+        if rows is not None and case.name != "layer_norm":
+            continue
+        check(case, columns)
+        total = rows or ELEMENTS // columns
+        shape = (SAMPLES, total // SAMPLES, columns)
+        torch._dynamo.reset()
+        for name, function, dtype in providers(case):
+            for direction in ("forward", "backward"):
+                count = case.forward_tensors if direction == "forward" else case.backward_tensors
+                moved = 2 * count * total * columns
+                what = {"op": case.name, "rows": total, "columns": columns}
+                what |= {"direction": direction, "provider": name}
+                make = functools.partial(norm_call, case, function, dtype, shape, direction)
+                if rows is None:
+                    call = make()
+                    records.add(what, time_device(call), moved, host_us=time_host(call))
+                    del call
+                else:
+                    sets = max(4, min(32, (256 << 20) // moved))
+                    records.add(what, time_replayed(make, sets), moved)
+                gc.collect()
+
+
+def grouped(params: list[Any], count: int) -> list[dict[str, Any]]:
+    return [
+        {"params": params[i::count], "lr": 1e-4 * 0.99**i, "weight_decay": 0.1 * (i % 2)}
+        for i in range(count)
+    ]
+
+
+def bench_adam(records: Records) -> None:
+    params = make_params(model_shapes())
+    size = sum(p.numel() for p in params)
+    settings: list[tuple[StateLayout, int]] = [
+        ("fp32", 1),
+        ("fp32", 28),
+        ("fp32", 300),
+        ("bf16", 1),
+        ("8bit", 1),
+    ]
+    for monitor, (layout, count) in [(False, s) for s in settings] + [(True, ("fp32", 1))]:
+        optimizer: Any = FusedAdam(grouped(params, count), state_layout=layout, monitor=monitor)
+
+        def schedule(groups: Any = optimizer.param_groups) -> None:
+            for group in groups:
+                group["lr"] *= 0.999
+
+        def step(optimizer: Any = optimizer, schedule: Any = schedule) -> None:
+            schedule()
+            optimizer.step()
+
+        what = {"op": "adam", "state": layout, "groups": count, "monitor": monitor}
+        step()
+        state = [t for s in optimizer.state.values() for t in s.values()]
+        host = time_host(optimizer.step, before=schedule)
+        more = {"host_us": host, "state_bytes": sum(t.nbytes for t in state) / size}
+        moved = BYTES[layout] * size
+        records.add({**what, "provider": "fastft"}, time_device(step), moved, **more)
+        del optimizer, schedule, step, state
+        gc.collect()
+    for name, count in (("fused", 1), ("fused", 28), ("fused", 300), ("foreach", 1)):
+        fused = name == "fused"
+        plain = torch.optim.AdamW(grouped(params, count), fused=fused, foreach=not fused)
+        what = {"op": "adam", "state": "fp32", "groups": count, "monitor": False}
+        timing = time_device(plain.step, repeats=10, warmup=2)
+        host = time_host(plain.step, repeats=5)
+        records.add({**what, "provider": f"torch {name}"}, timing, 28 * size, host_us=host)
+        del plain
+        gc.collect()
+
+
+def bench_gradient(records: Records) -> None:
+    params = make_params(model_shapes())
+    grads: list[Any] = [p.grad for p in params]
+    size = sum(p.numel() for p in params)
+    norm, groups = GradientNorm(max_norm=1.0), GradientNorm([i % 28 for i in range(len(params))])
+    truth = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()
+    if abs(norm(grads).global_norm.double() / truth - 1) > 1e-6:
+        raise SystemExit("gradient_norm: wrong; not timed")
+    total = torch.nn.utils.get_total_norm
+    for provider, call in (
+        ("fastft", lambda: norm(grads)),
+        ("fastft 28 groups", lambda: groups(grads)),
+        ("torch get_total_norm", lambda: total(grads)),
+    ):
+        what = {"op": "gradient_norm", "provider": provider}
+        records.add(what, time_device(call), 4 * size, host_us=time_host(call))
+    ours, plain = FusedAdam(params, lr=1e-4), torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+    def fused() -> None:
+        result = norm(grads)
+        ours.step(grad_divisor=result.grad_divisor, skip=result.skip)
+
+    def eager() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        plain.step()
+
+    for provider, call in (("fastft", fused), ("torch clip_grad_norm_ + fused", eager)):
+        what = {"op": "norm + clip + adam", "provider": provider}
+        host = time_host(call)
+        timing = time_device(call)
+        floor = timing.p50 / (32 * size / records.copy)
+        records.add(what, timing, 32 * size, host_us=host, times_floor=floor)
+
+
+def main() -> None:
+    """Each part frees its tensors before the next begins."""
+    out, wanted = Path(sys.argv[1]), set(sys.argv[2:]) or {"norms", "small", "adam", "gradient"}
+    parts: dict[str, Callable[[Records], None]] = {
+        "adam": bench_adam,
+        "gradient": bench_gradient,
+        "small": lambda records: bench_norms(records, SMALL_ROWS),
+        "norms": lambda records: bench_norms(records, None),
+    }
+    with out.open("w") as file:
+        records = Records(file)
+        for name, part in parts.items():
+            if name in wanted:
+                part(records)
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Tries schedules of the kernels and records them all; `row_schedule` and `adam` hold the choice.
+
+Kernels are compiled by a pool of processes first, because compiling takes longer than timing.
+Usage: python -m benchmarks.sweep OUT.jsonl [norm adam gradient]
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fastft_kernels import FusedAdam, GradientNorm, adam, gradient_norm
+from fastft_kernels.adam import AdamSchedule
+from fastft_kernels.row_schedule import Schedule
+
+from benchmarks.timing import copy_bytes_per_us, time_device
+
+ELEMENTS = 1 << 28
+BYTES = {"fp32": 28, "bf16": 20, "8bit": 16 + 4 / 128}
+Task = tuple[str, Any, Any]
+COLUMNS = (512, 1024, 2048, 4096, 8192)
+norms: Any = sys.modules["fastft_kernels.layer_norm"]
+
+
+def forward_candidates(columns: int) -> list[Schedule]:
+    """A program per tile, and persistent ones with prefetch."""
+    chosen = [Schedule(max(1, 8192 // columns), 8), Schedule(max(1, 16384 // columns), 8)]
+    for tile, warps, stages, count in itertools.product((4096, 8192), (8, 16), (3, 4), (1, 2, 4)):
+        if tile >= columns and tile <= 512 * warps * 2 and count * warps <= 32:
+            chosen.append(Schedule(tile // columns, warps, stages, count))
+    if columns == 8192:
+        # More programs than run at once: waves that drift apart, weights still used several times.
+        chosen += [Schedule(1, w, s, n) for w in (8, 16) for s in (1, 3) for n in (4, 8, 16)]
+    return chosen
+
+
+def backward_candidates(columns: int) -> list[Schedule]:
+    """Persistent, with enough bytes in flight."""
+    settings = [(4096, 8, 4, 1), (4096, 8, 4, 2), (4096, 16, 4, 1), (4096, 16, 4, 2)]
+    settings += [(8192, 8, 3, 1), (8192, 16, 3, 1), (8192, 16, 3, 2), (8192, 16, 4, 1)]
+    return [Schedule(t // columns, w, s, n) for t, w, s, n in settings if t >= columns]
+
+
+def run_norm(direction: str, columns: int, schedule: Schedule, rows: int) -> Any:
+    """A call of one direction under the given schedule."""
+    x = torch.randn(rows, columns, device="cuda").bfloat16()
+    weight, bias = torch.randn(columns, device="cuda"), torch.randn(columns, device="cuda")
+    outputs = torch.ops.fastft.layer_norm_forward(x, None, weight, bias, 1e-5, x.dtype)
+    setattr(norms, f"{direction}_schedule", lambda *_: schedule)
+    if direction == "forward":
+        return lambda: norms._launch_forward(x, None, weight, bias, 1e-5, outputs)
+    dy = torch.randn(rows, columns, device="cuda").bfloat16()
+    grads = norms._backward_fake(dy, None, x, weight, outputs[2], outputs[3], True)
+    return lambda: norms._launch_backward(dy, None, x, weight, outputs[2], outputs[3], True, grads)
+
+
+def adam_candidates() -> list[AdamSchedule]:
+    """A tile per program, and short loops with prefetch."""
+    settings = [(1024, 1024, 4, 1), (2048, 2048, 4, 1), (4096, 4096, 8, 1), (4096, 1024, 4, 1)]
+    settings += [(4096, 1024, 4, 3), (8192, 2048, 8, 1), (16384, 4096, 8, 3)]
+    return [AdamSchedule(*setting) for setting in settings]
+
+
+def model_shapes(width: int = 1344, blocks: int = 55) -> list[tuple[int, ...]]:
+    """668 tensors and 1.2e9 parameters: transformer blocks, an embedding, seven vectors."""
+    d = width
+    block = [(3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    block += [(d,)] * 4
+    return block * blocks + [(4096, d)] + [(d,)] * 7
+
+
+def make_params(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda") * 0.02) for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def run_adam(layout: Any, schedule: AdamSchedule, params: list[torch.nn.Parameter]) -> Any:
+    adam.SCHEDULES[layout] = schedule
+    optimizer = FusedAdam(params, lr=1e-4, state_layout=layout)
+    optimizer.step()
+    return optimizer.step
+
+
+def run_gradient(setting: tuple[int, int, int], params: list[torch.nn.Parameter]) -> Any:
+    gradient_norm.CHUNK, gradient_norm.BLOCK, gradient_norm.WARPS = setting
+    norm = GradientNorm(max_norm=1.0)
+    grads = [p.grad for p in params]
+    return lambda: norm(grads)
+
+
+def compile_one(task: Task) -> None:
+    name, variant, schedule = task
+    with contextlib.suppress(triton.OutOfResources):
+        if name in ("forward", "backward"):
+            run_norm(name, variant, schedule, rows=256)()
+        else:
+            run_many(task, make_params([(96, 1024)]))()
+    torch.cuda.synchronize()
+
+
+def run_many(task: Task, params: list[torch.nn.Parameter]) -> Any:
+    name, variant, schedule = task
+    if name == "adam":
+        return run_adam(variant, schedule, params)
+    return run_gradient(schedule, params)
+
+
+def tasks(wanted: set[str]) -> list[Task]:
+    found: list[Task] = []
+    if "norm" in wanted:
+        for n in COLUMNS:
+            found += [("forward", n, s) for s in forward_candidates(n)]
+            found += [("backward", n, s) for s in backward_candidates(n)]
+    if "adam" in wanted:
+        pairs = itertools.product(("fp32", "bf16", "8bit"), adam_candidates())
+        found += [("adam", *pair) for pair in pairs]
+    if "gradient" in wanted:
+        settings = itertools.product((16384, 65536, 131072), ((2048, 4), (4096, 8)))
+        found += [("gradient", "fp32", (chunk, *rest)) for chunk, rest in settings]
+    return found
+
+
+def measure(task: Task, params: list[torch.nn.Parameter], copy: float) -> dict[str, Any]:
+    """One record: device time and share of a copy."""
+    name, variant, schedule = task
+    if name in ("forward", "backward"):
+        call = run_norm(name, variant, schedule, rows=ELEMENTS // variant)
+        moved = ELEMENTS * (4 if name == "forward" else 6)
+    else:
+        call = run_many(task, params)
+        size = BYTES[variant] if name == "adam" else 4
+        moved = size * sum(p.numel() for p in params)
+    p50 = time_device(call, repeats=10, warmup=2).p50
+    what = {"what": f"{name} {variant}", "schedule": str(schedule)}
+    return {**what, "p50_us": p50, "share": moved / p50 / copy}
+
+
+def main() -> None:
+    out, wanted = Path(sys.argv[1]), set(sys.argv[2:]) or {"norm", "adam", "gradient"}
+    todo = tasks(wanted)
+    distinct = {str(t).split(", programs_per_sm")[0]: t for t in todo}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(14, mp_context=context) as pool:
+        list(pool.map(compile_one, distinct.values(), chunksize=4))
+    copy = copy_bytes_per_us()
+    print(torch.cuda.get_device_name(), "copy TB/s", copy / 1e6, "tasks", len(todo), flush=True)
+    params = make_params(model_shapes())
+    results: dict[str, list[tuple[float, str]]] = {}
+    with out.open("w") as file:
+        for task in todo:
+            try:
+                record = measure(task, params, copy)
+            except triton.OutOfResources as problem:
+                print(task, problem)
+                continue
+            gc.collect()
+            file.write(json.dumps(record) + "\n")
+            results.setdefault(record["what"], []).append((record["share"], record["schedule"]))
+    for what, found in results.items():
+        print(what)
+        for share, schedule in sorted(found, reverse=True)[:5]:
+            print(f"  {share:.3f} {schedule}")
+
+
+if __name__ == "__main__":
+    main()

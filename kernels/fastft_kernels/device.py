@@ -1,0 +1,93 @@
+"""Where a kernel runs, and the shape questions every row-wise op asks."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from triton import knobs
+
+MAX_COLUMNS = 16384
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# As it was when the kernels were decorated; setting the variable later changes nothing.
+_INTERPRETED = bool(knobs.runtime.interpret)
+_interpreting = False
+
+
+def interpret_on_cpu(enabled: bool) -> None:
+    """Sends CPU tensors through the Triton kernels; needs TRITON_INTERPRET=1 set before import.
+
+    Off by default: a CPU tensor then takes the op's plain-torch reference, which is far faster
+    than the interpreter.
+    """
+    global _interpreting
+    if enabled and not _INTERPRETED:
+        raise RuntimeError(
+            "interpret_on_cpu: TRITON_INTERPRET must be 1 before fastft_kernels is imported; "
+            "got it unset; set it in the environment or at the top of conftest.py"
+        )
+    _interpreting = enabled
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """True on a GPU, and on the CPU while the interpreter is switched on."""
+    return tensor.is_cuda or _interpreting
+
+
+@functools.cache
+def _properties(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once; 3 under the interpreter, so that tiny tests still share."""
+    return 3 if device.type != "cuda" else _properties(device.index)[0]
+
+
+def shared_memory_bytes(device: torch.device) -> int:
+    """What one program may use; that of an H200 where there is no GPU."""
+    return 232448 if device.type != "cuda" else _properties(device.index)[1]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
+) -> None:
+    """Runs a Triton kernel on the tensors' device, which need not be the current one."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def as_rows(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """`[..., N]` as `[rows, N]` with unit column stride; copies only where no view exists."""
+    rows = x.reshape(-1, columns)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def check_columns(op: str, x: torch.Tensor) -> None:
+    """Raises ValueError for a dtype or row length that the row kernels do not cover."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: x must be float32, bfloat16 or float16; got {x.dtype}; cast it")
+    if not 1 <= x.shape[-1] <= MAX_COLUMNS:
+        raise ValueError(
+            f"{op}: the last dimension must be 1 to {MAX_COLUMNS}; got {x.shape[-1]}; "
+            "use torch.nn.functional.layer_norm there"
+        )
+
+
+def output_dtype(x: torch.Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on, so that a norm never widens what it returns."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

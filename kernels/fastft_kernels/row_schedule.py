@@ -1,0 +1,84 @@
+"""How the row-wise kernels divide their work: chosen from benchmarks/results, not at run time."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastft_kernels.device import ceil_div, multiprocessors, next_power_of_2, shared_memory_bytes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rows per tile, warps per program, stages of prefetch.
+
+    programs_per_sm: persistent programs per multiprocessor that share the tiles; 0 for a program
+        per tile.
+    """
+
+    rows: int
+    warps: int
+    stages: int = 1
+    programs_per_sm: int = 0
+
+
+def element_bytes(*streams: Tensor | None) -> int:
+    """Bytes that one element's prefetch takes in shared memory."""
+    return sum(0 if stream is None else stream.element_size() for stream in streams)
+
+
+def _stages(wanted: int, tile_elements: int, bytes_each: int, device: torch.device) -> int:
+    """As many stages as shared memory holds, with one tile's room for exchanges besides."""
+    fitting = shared_memory_bytes(device) // (tile_elements * bytes_each) - 1
+    return max(1, min(wanted, fitting))
+
+
+def forward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
+    """Short rows: a program per small tile. Long ones: persistent, with prefetch.
+
+    Weight and bias in float32 are twice the bytes of a bf16 row, from the L2 cache: a program must
+    use them for two rows at least, which beyond 4,096 columns only fit one after the other. Small
+    tiles cost nothing at 2^28 elements, and a micro-batch of 4,096 rows needs them to fill the GPU.
+    """
+    block = next_power_of_2(columns)
+    if block <= 4096:
+        return Schedule(rows=max(2, 2048 // block), warps=8 if block == 4096 else 4)
+    warps, stages = min(32, block // 512), _stages(3, block, bytes_each, device)
+    return Schedule(rows=1, warps=warps, stages=stages, programs_per_sm=max(1, 32 // warps))
+
+
+def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
+    """One persistent program per multiprocessor, tiles of 4,096 elements, three in flight."""
+    block = next_power_of_2(columns)
+    tile = max(4096, block)
+    warps = 8 if block <= 2048 else min(32, max(16, block // 512))
+    stages = _stages(4 if tile == 4096 else 3, tile, bytes_each, device)
+    return Schedule(rows=tile // block, warps=warps, stages=stages, programs_per_sm=1)
+
+
+def programs(schedule: Schedule, rows: int, device: torch.device) -> int:
+    """How many programs to launch; never more than there are tiles."""
+    tiles = ceil_div(rows, schedule.rows)
+    if not schedule.programs_per_sm:
+        return tiles
+    return max(1, min(tiles, schedule.programs_per_sm * multiprocessors(device)))
+
+
+@functools.lru_cache(maxsize=256)
+def programs_per_sample(at_once: int, samples: int, tiles: int) -> int:
+    """How many persistent programs share one sample, at_once of them running at a time.
+
+    The fewest that keep 95 % of the GPU busy, within 16 waves: with 132 at once and 16 samples,
+    8 programs each make one wave of 128, while 9 would make a second wave of 12.
+    """
+    ideal = samples * tiles / at_once
+    best, best_share = 1, 0.0
+    most = min(tiles, 16 * at_once // samples + 1)
+    for count in range(1, most + 1):
+        share = ideal / (ceil_div(samples * count, at_once) * ceil_div(tiles, count))
+        if share > best_share + 1e-9:
+            best, best_share = count, share
+        if best_share >= 0.95:
+            break
+    return best

@@ -1,0 +1,122 @@
+"""Many tensors under one launch: cut into chunks, reached through tables of addresses.
+
+A program looks up its chunk's tensor, and there the address; so one launch covers any number of
+tensors of any size, dtype and group. Tables are built once; addresses that change, such as those of
+fresh gradients, travel in one pinned copy that nobody waits for.
+"""
+
+from array import array
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+get_grad: Any = attrgetter("grad")
+get_dtype: Any = attrgetter("dtype")
+
+
+def upload(
+    values: Sequence, dtype: torch.dtype, device: torch.device, into: Tensor | None = None
+) -> Tensor:
+    """Host numbers to the device, without waiting; into an existing tensor if given.
+
+    The pinned buffer is fresh each time: the allocator keeps it until the copy has run, so a host
+    that is steps ahead never overwrites what the GPU has yet to read.
+    """
+    if dtype == torch.int64 and len(values):
+        host = torch.frombuffer(array("q", values), dtype=torch.int64)
+    else:
+        host = torch.tensor(values, dtype=dtype)
+    host = host.pin_memory() if device.type == "cuda" else host
+    if into is not None:
+        return into.copy_(host, non_blocking=True)
+    return host.to(device, non_blocking=True, copy=True)
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """`data_ptr` of each, 0 for None."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True when the elements fill one stretch of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """The tensor, or an empty one of its shape that fills one stretch of memory."""
+    if is_dense(tensor):
+        return tensor
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class ChunkTable:
+    """Which tensor, and which part of it, every program works on.
+
+    Attributes:
+        tensor, index: int32 `[chunks]`: the chunk's tensor and its number within the tensor.
+        counts: chunks per tensor, in the order of `order`.
+        numel: int64 `[tensors]`.
+    """
+
+    def __init__(
+        self,
+        numels: Sequence[int],
+        chunk: int,
+        device: torch.device,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        order = range(len(numels)) if order is None else order
+        permutation = torch.tensor(list(order), dtype=torch.int64)
+        self.chunk = chunk
+        self.counts = [-(-numels[i] // chunk) for i in order]
+        counts = torch.tensor(self.counts, dtype=torch.int64)
+        tensor = torch.repeat_interleave(permutation, counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        self.chunks = len(tensor)
+        self.tensor = tensor.int().to(device)
+        self.index = (torch.arange(self.chunks) - first).int().to(device)
+        self.numel = torch.tensor(list(numels), dtype=torch.int64).to(device)
+
+
+class Kinds:
+    """The distinct (dtypes, alignment) among the tensors: one branch of the kernel for each.
+
+    Attributes:
+        names: what the kernel unrolls over: `((Triton dtype, ..., aligned), ...)`.
+        index: int32 `[tensors]`, the kind of each.
+    """
+
+    def __init__(self, kinds: Sequence[tuple], device: torch.device) -> None:
+        distinct = sorted(set(kinds), key=str)
+        self.of = tuple(kinds)
+        self.names = tuple(
+            (*(TRITON_DTYPES[d] for d in kind[:-1]), bool(kind[-1])) for kind in distinct
+        )
+        number = {kind: i for i, kind in enumerate(distinct)}
+        self.index = torch.tensor([number[k] for k in kinds], dtype=torch.int32).to(device)

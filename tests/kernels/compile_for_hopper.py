@@ -1,0 +1,69 @@
+"""Compiles every kernel for compute capability 9.0, which needs no GPU; run by test_compiles."""
+
+import importlib
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastft_kernels.tensor_table import TRITON_DTYPES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY_BYTES = 232448
+INTEGERS = ("rows", "length", "programs", "tensors", "seed")
+FLOATS = ("eps", "decay", "z_limit", "warmup")
+POINTERS = {
+    **dict.fromkeys(("X", "RESIDUAL", "S", "Y", "DY", "DS", "DX", "SCALE", "SHIFT"), "*bf16"),
+    **dict.fromkeys(("PARAM", "MOMENTS", "NUMEL"), "*i64"),
+    **dict.fromkeys(("GROUP", "KIND", "CHUNK_TENSOR", "CHUNK_INDEX", "SEGMENT"), "*i32"),
+    "NONFINITE": "*i32",
+    "GRAD": "*i64",
+}
+
+
+def kind_of(name: str) -> str:
+    if name in INTEGERS or name.endswith("_stride"):
+        return "i32"
+    return "fp32" if name in FLOATS else POINTERS.get(name, "*fp32")
+
+
+def compile_kernel(module: str, name: str, warps: int = 4, **constants: Any) -> None:
+    kernel = getattr(importlib.import_module(f"fastft_kernels.{module}"), name)
+    signature, constexprs = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            constexprs[(i,)] = constants[argument]
+        signature[argument] = "constexpr" if argument in constants else kind_of(argument)
+    target = GPUTarget("cuda", 90, 32)
+    source = ASTSource(kernel, signature, constexprs, {})
+    built = triton.compile(source, target=target, options={"num_warps": warps})
+    assert built.metadata.shared <= SHARED_MEMORY_BYTES, (module, name, built.metadata.shared)
+
+
+def main() -> None:
+    rows = {"N": 500, "BLOCK_N": 512, "ROWS": 4}
+    for persistent in (False, True):
+        flags = {"STAGES": 3 if persistent else 1, "PERSISTENT": persistent, "HAS_RESIDUAL": True}
+        affine = {"HAS_WEIGHT": persistent, "HAS_BIAS": True}
+        compile_kernel("layer_norm", "_forward_kernel", **rows, **flags, **affine)
+        compile_kernel("adaptive_norm", "_forward_kernel", **rows, **flags)
+    flags = {"STAGES": 4, "HAS_DS": True, "HAS_WEIGHT": True, "WANTS_SUMS": True}
+    compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
+    compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
+    compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
+    compile_kernel("adam", "_prepare_kernel", HYPER_COLUMNS=7, SCALAR_COLUMNS=8, BLOCK=256)
+    dtypes = [TRITON_DTYPES[d] for d in TRITON_DTYPES]
+    kinds = ((tl.float32, tl.float32, True), (dtypes[1], dtypes[2], False))
+    chunk = {"CHUNK": 1024, "BLOCK": 512}
+    for layout in ("fp32", "bf16", "8bit"):
+        flags = {"LAYOUT": layout, "STATISTICS": True, "SCALAR_COLUMNS": 8, "STAGES": 1}
+        compile_kernel("adam", "_adam_kernel", KINDS=kinds, **flags, **chunk)
+    kinds = tuple((dtype, aligned) for dtype in dtypes for aligned in (True, False))
+    compile_kernel("gradient_norm", "_chunk_kernel", KINDS=kinds, **chunk)
+    for zclip in (False, True):
+        compile_kernel("gradient_norm", "_segment_kernel", ZCLIP=zclip, BLOCK=1024)
+    print("compiled")
+
+
+if __name__ == "__main__":
+    main()

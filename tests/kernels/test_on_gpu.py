@@ -1,0 +1,85 @@
+"""What only a GPU shows: wide rows, addresses past 2^31, Inductor, waits."""
+
+import pytest
+import torch
+from fastft_kernels import FusedAdam, GradientNorm, layer_norm
+from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
+from torch import nn
+
+pytestmark = pytest.mark.gpu
+by_name = pytest.mark.parametrize("case", CATALOG, ids=lambda case: case.name)
+
+
+@by_name
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(n, torch.bfloat16) for n in (512, 1024, 2048, 4096, 5000, 8192, 16384)]
+    + [(n, torch.float32) for n in (3000, 8192, 16384)],
+)
+def test_wide_rows_against_float64(case: OpCase, columns, dtype, device):
+    inputs = case.make_inputs((2, 301, columns), dtype, device)
+    grads = [torch.randn_like(y) for y in as_tuple(case.op(*inputs))]
+    doubles = [x.detach().double() for x in inputs]
+    truths = values_and_grads(case.reference, doubles, [g.double() for g in grads])
+    eager = values_and_grads(case.reference, inputs, grads)
+    fused = values_and_grads(case.op, inputs, grads)
+    unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-22
+    for got, plain, truth in zip(fused, eager, truths, strict=True):
+        allowed = 2 * (plain - truth).norm() + unit * truth.norm()
+        assert (got - truth).norm() <= allowed
+
+
+@by_name
+def test_inductor_keeps_the_op_in_one_graph(case: OpCase, device):
+    inputs = case.make_inputs((2, 40, 512), torch.bfloat16, device)
+
+    def block(*inputs):
+        return torch.nn.functional.gelu(as_tuple(case.op(*inputs))[0]) * 2
+
+    compiled = torch.compile(block, fullgraph=True)
+    grads = [torch.randn_like(block(*inputs))]
+    wanted = values_and_grads(block, inputs, grads)
+    for got, want in zip(values_and_grads(compiled, inputs, grads), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_addresses_past_two_to_the_31(device):
+    x = torch.randn(140_000, 16384, device=device, dtype=torch.bfloat16).requires_grad_()
+    w = torch.randn(16384, device=device, requires_grad=True)
+    y = layer_norm(x, w)
+    torch.testing.assert_close(y[-3:], layer_norm(x[-3:].detach(), w), rtol=0, atol=0)
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    tail = x[-3:].detach().requires_grad_()
+    (want,) = torch.autograd.grad(layer_norm(tail, w), tail, tail.detach())
+    torch.testing.assert_close(dx[-3:], want, rtol=0, atol=0)
+
+
+def test_a_tensor_of_more_than_two_to_the_31_elements(device):
+    p = nn.Parameter(torch.zeros((1 << 31) + 4096, device=device, dtype=torch.bfloat16))
+    p.grad = torch.full_like(p, 0.5)
+    result = GradientNorm()([p.grad])
+    torch.testing.assert_close(result.global_norm.item(), (0.25 * p.numel()) ** 0.5)
+    FusedAdam([p], lr=0.125, weight_decay=0.0, state_layout="8bit").step()
+    assert p.min().item() == p.max().item() == -0.125
+
+
+def test_nothing_waits_for_the_gpu_and_nothing_recompiles(device):
+    params = [nn.Parameter(torch.randn(300, 7, device=device)) for _ in range(20)]
+    optimizer = FusedAdam([{"params": [p]} for p in params], lr=1e-3)
+    norm = GradientNorm(range(20), max_norm=1.0)
+
+    def step(scale: float) -> None:
+        for p, group in zip(params, optimizer.param_groups, strict=True):
+            p.grad = torch.randn_like(p)
+            group["lr"] = 1e-3 * scale
+        result = norm([p.grad for p in params])
+        optimizer.step(grad_divisor=result.grad_divisor, skip=result.skip)
+
+    for i in range(2):
+        step(1.0 + i)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(5):
+            step(1.0 / (i + 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
