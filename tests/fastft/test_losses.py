@@ -383,6 +383,6 @@ def test_a_penalty_on_nothing_is_an_error() -> None:
     assert "loss.penalties.1.match: '*.gamma' must match a parameter" in str(caught.value)
     assert len(caught.value.problems) == 2
     frozen = Penalty(kind="l2", match=("head.weight",), weight=1.0)
-    with pytest.raises(ConfigError, match="all it matches are frozen, as 'head.weight'"):
+    with pytest.raises(ConfigError, match=r"all it matches are frozen, as 'head\.weight'"):
         make_penalty(LossConfig(penalties=(frozen,)), model, ["head.bias"])
     assert make_penalty(LossConfig(), model, []) is None
