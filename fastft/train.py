@@ -1,4 +1,7 @@
-"""`fastft train`: the assembly, the one function that knows everybody."""
+"""`fastft train`: the assembly, the one function that knows everybody.
+
+It is longer than other functions may be: the order of its calls is what it has to say.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
