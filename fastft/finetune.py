@@ -37,17 +37,19 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
     _refuse_idle_globs(config, list(parameters))
     for name, parameter in parameters.items():
         matches = bool(matching(trained, [name]))
-        if matches and parameter.is_complex():
-            raise ConfigError(
-                f"finetune: cannot train complex parameters; got '{name}'; freeze them, or hold"
-                " them as real pairs (torch.view_as_real) in the model"
-            )
-        parameter.requires_grad_(matches and parameter.is_floating_point())
+        trainable = parameter.is_floating_point() or parameter.is_complex()
+        parameter.requires_grad_(matches and trainable)
     staged = [pattern for stage in config.unfreeze for pattern in stage.match]
     for name in matching([*config.freeze, *staged], parameters):
         parameters[name].requires_grad_(False)
     for name in _of_types(model, config.freeze_types):
         parameters[name].requires_grad_(False)
+    for name, parameter in parameters.items():
+        if parameter.is_complex() and (parameter.requires_grad or matching(staged, [name])):
+            raise ConfigError(
+                f"finetune: cannot train complex parameters; got '{name}'; freeze them, or hold"
+                " them as real pairs (torch.view_as_real) in the model"
+            )
     at_once = any(stage.at_step == 0 for stage in config.unfreeze)
     if not at_once and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(

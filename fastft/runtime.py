@@ -102,13 +102,17 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _own_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it; a kill releases the lock. Leaves no folder without content."""
+    """Makes the folder and locks it; leaves no folder without content.
+
+    By a record lock: a kill releases it, and loader workers, which may outlive a kill for seconds,
+    do not inherit it.
+    """
     existed = folder.exists()
     make_folder(folder)
     path = folder / ".lock"
     with path.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
                 f"run.folder: must be this run's alone; '{folder}' is in use by another run; wait"
@@ -117,10 +121,9 @@ def _own_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            if not existed:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            if not existed and list(folder.iterdir()) == [path]:
+                path.unlink()
+                folder.rmdir()
 
 
 def seed_everything(seed: int) -> None:

@@ -220,22 +220,25 @@ class SaveHook:
         if improved or is_due(done, self._config.every_steps, self._total):
             self.save_now(done)
 
-    def save_now(self, done: int) -> None:
+    def save_now(self, done: int) -> bool:
         """Saves with the values of this step's evaluation, if there was one; once per step.
+
+        Returns:
+            Whether the step is saved.
 
         Raises:
             TrainingStopped: the last step leaves weights that are not finite. Before that, a save
                 of such weights is left out, so that it cannot push out a good one.
         """
         if self._saved == done:
-            return
+            return True
         bad = self._state.nonfinite_names()
         if bad:
             problem = f"step {done}: {len(bad)} tensors are not finite, as {bad[0]}; not saved"
             if done == self._total:
                 raise TrainingStopped(f"{problem}; earlier checkpoints are intact")
             self._progress.message(problem)
-            return
+            return False
         self._saved = done
         evaluation = self._evaluation
         metrics = evaluation.values if evaluation and evaluation.done == done else {}
@@ -250,6 +253,7 @@ class SaveHook:
             monitor=self._config.monitor,
             mode=self._config.mode,
         )
+        return True
 
     def _improved(self, done: int) -> bool:
         if self._evaluation is None or self._evaluation.done != done:

@@ -40,6 +40,8 @@ def rehearse(
     """Evaluates one batch, so that what is wrong with it shows before the first step and not after
     the last. Leaves metrics, modes and random generators as they were."""
     generators = rng_state(precision.device)
+    for metric in metrics.values():
+        metric.reset()
     with evaluating(task.model):
         _update(task, loader.example(), metrics, precision, MeanLoss(precision.device))
     for metric in metrics.values():

@@ -47,8 +47,8 @@ class TrainingState:
         return {**self.model_state(), **{name: a for name, a in tied if a is not None}}
 
     def nonfinite_names(self) -> list[str]:
-        """Parameters that hold NaN or Inf; waits for the device."""
-        named = dict(named_parameters(self.task.model))
+        """Trained parameters that hold NaN or Inf; waits for the device."""
+        named = self.step.optimizer.parameters
         bad = torch.stack([~torch.isfinite(p.detach()).all() for p in named.values()]).tolist()
         return [name for name, is_bad in zip(named, bad, strict=True) if is_bad]
 

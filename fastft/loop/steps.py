@@ -71,7 +71,11 @@ def run_loop(
                     saving.save_now(done)
                 raise
             if signals.received is not None and done < steps.stop:
-                saving.save_now(done)
+                if not saving.save_now(done):
+                    raise TrainingStopped(
+                        f"{signals.received}: stopped after step {done} of {steps.stop}, whose"
+                        " weights are not finite and were not saved; earlier checkpoints are intact"
+                    )
                 raise TrainingInterrupted(
                     f"{signals.received}: stopped after step {done} of {steps.stop} and saved it;"
                     " the same command with --resume goes on from there"

@@ -242,7 +242,8 @@ def test_complex_parameters_are_not_frozen_in_silence() -> None:
     task = Task(model=model, loss=no_loss)
     with pytest.raises(ConfigError, match=r"cannot train complex parameters; got 'spectral'"):
         apply_method(task, FinetuneConfig())
-    apply_method(task, FinetuneConfig(freeze=("spectral",), method="heads", heads=("weight",)))
+    apply_method(task, frozen("spectral"))
+    assert trained(task) == {"weight", "bias"}
 
 
 def test_only_low_rank_updates_are_trained_whatever_the_names() -> None:

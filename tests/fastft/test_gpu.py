@@ -20,10 +20,7 @@ from fastft.runfile import parse
 from fastft.step import Ema, TrainingStep, compile_task, make_precision
 from fastft.train import train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
 MODEL = {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}

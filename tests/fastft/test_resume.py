@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from fastft.checkpoint import latest_checkpoint, load_checkpoint
 # Dropout, batch norm and a random transform: everything that draws from a generator or keeps state.
 MODEL = """\
 import os
+import random
 import signal
 
 import torch
@@ -186,7 +188,8 @@ def test_an_interrupted_run_goes_on_bitwise(
 
 
 def test_kill_9_with_two_workers(noisy) -> None:
-    """Real processes, killed in the middle of a step: before, between and after saves."""
+    """Real processes, killed in the middle of three steps at random; their folders say which."""
+    calls = random.SystemRandom().sample(range(1, 13), 3)
 
     def start(folder: str, *arguments: str, kill_at: int = 0) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -198,13 +201,13 @@ def test_kill_9_with_two_workers(noisy) -> None:
             [*command, *OVERRIDES, *arguments], env=environment, stdout=subprocess.DEVNULL
         )
 
-    killed = {f"killed-{call}": start(f"killed-{call}", kill_at=call) for call in (2, 7, 11)}
+    killed = {f"killed-{call}": start(f"killed-{call}", kill_at=call) for call in calls}
     assert start("whole").wait() == 0
     assert [process.wait() for process in killed.values()] == [-signal.SIGKILL] * 3
     resumed = [start(folder, "--resume") for folder in killed]
     assert [process.wait() for process in resumed] == [0, 0, 0]
     for folder in killed:
-        assert_same(final_state("whole"), final_state(folder))
+        assert_same(final_state("whole"), final_state(folder), folder)
 
 
 def test_the_saved_average_loads_on_its_own(noisy, fastft) -> None:

@@ -1,9 +1,10 @@
 """What happens around the steps: saving, evaluation, warnings, signals, folders."""
 
-import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,13 +155,30 @@ def test_settings_of_an_evaluation_that_will_not_be(
     assert problem in outcome.errors
 
 
+HOLD = "import fcntl, sys; f = open('run/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); "
+
+
 def test_a_folder_in_use_is_refused(project: Path, fastft) -> None:
     Path("run").mkdir()
-    with Path("run/.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    command = [sys.executable, "-uc", HOLD + "sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
         outcome = fastft("train", "run.toml")
+        other.stdin.close()
     assert outcome.code == 2
     assert "in use by another run" in outcome.errors
+    assert fastft("train", "run.toml").code == 0
+
+
+def test_a_signal_with_weights_that_are_not_finite_does_not_claim_a_save(eventful, fastft) -> None:
+    event = "model.linear.weight.data.fill_(float('nan')); os.kill(os.getpid(), signal.SIGTERM)"
+    eventful(event, at=8)
+    outcome = fastft(*STEPS, "gradients.on_nonfinite=warn")
+    assert outcome.code == 3
+    assert "were not saved" in outcome.errors
+    assert saved_steps() == [3, 6]
 
 
 def test_a_signal_after_a_save_does_not_save_again(
