@@ -156,7 +156,9 @@ def _finite_mean(losses: Tensor) -> Tensor:
 
 def _read(values: Mapping[str, Tensor]) -> dict[str, float]:
     """All device scalars in one copy: the only wait of a log point."""
-    stacked = torch.stack([value.detach().float() for value in values.values()])
+    # A user's loss may report parts that it keeps on the host.
+    device = values["train/loss"].device
+    stacked = torch.stack([value.detach().float().to(device) for value in values.values()])
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
