@@ -31,14 +31,21 @@ def assemble(
     adapter = find_adapter(config.model)
     path, heads = config.model.checkpoint, config.finetune.new_heads
     task = adapter.build(
-        make_criterion(config.loss, device), device=device, checkpoint=path, pretrained=pretrained
+        make_criterion(config.loss, device),
+        device=device,
+        checkpoint=path,
+        # A strict load fills the whole model, so nothing need be fetched before it.
+        pretrained=pretrained and (path is None or not config.model.strict),
     )
     if pretrained and path is not None:
         tensors = adapter.weights(path)
         weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
         console.print(load_weights(task.model, weights, config.model, heads).table())
-    elif pretrained and heads:
-        # Weights that the adapter built with, from a hub or at random: only the heads start anew.
+    elif pretrained:
+        console.print(
+            "no model.checkpoint: the weights are the adapter's, random unless it says so"
+        )
+        # Only the heads start anew.
         own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))
         load_weights(task.model, own, config.model, heads)
     apply_method(task, config.finetune)

@@ -88,7 +88,7 @@ def _open_trained(
     folder = _find(config, checkpoint, console)
     if folder is None:
         # Someone else's file: the whole model must come from it, with nothing new and no adapters.
-        model = dataclasses.replace(config.model, checkpoint=Path(checkpoint))
+        model = dataclasses.replace(config.model, checkpoint=Path(checkpoint), strict=True)
         foreign = dataclasses.replace(config, model=model, finetune=FinetuneConfig())
         return *assemble(foreign, device, console), checkpoint
     task, adapter = assemble(config, device, console, pretrained=False)

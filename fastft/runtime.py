@@ -1,6 +1,7 @@
 """The run's surroundings: device, seeds, folder, signals, a record of versions and git state."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -9,12 +10,13 @@ import platform
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ from fastft.runfile import format_run_file
 
 # The resolved run file's name in the run folder.
 RUN_FILE = "run.toml"
+
+# Stop signals closer than this are one request.
+SAME_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
     device = find_device(section.device)
     seed_everything(section.seed)
     were_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     if section.deterministic:
         # cuBLAS is deterministic only with a fixed workspace, read when its handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -66,7 +72,7 @@ def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
         with _own_folder(section.folder) if write else contextlib.nullcontext():
             yield Run(section.folder, device, section.seed, Signals())
     finally:
-        torch.use_deterministic_algorithms(were_deterministic)
+        torch.use_deterministic_algorithms(were_deterministic, warn_only=only_warned)
 
 
 def find_device(name: str) -> torch.device:
@@ -110,20 +116,29 @@ def _own_folder(folder: Path) -> Iterator[None]:
     existed = folder.exists()
     make_folder(folder)
     path = folder / ".lock"
-    with path.open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    try:
+        with path.open("a") as lock:
+            _lock(lock, folder)
+            yield
+    finally:
+        if not existed and list(folder.iterdir()) == [path]:
+            path.unlink()
+            folder.rmdir()
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
             raise ConfigError(
                 f"run.folder: must be this run's alone; '{folder}' is in use by another run; wait"
                 " for it or choose another folder"
             ) from None
-        try:
-            yield
-        finally:
-            if not existed and list(folder.iterdir()) == [path]:
-                path.unlink()
-                folder.rmdir()
+        raise ConfigError(
+            f"run.folder: must be on a file system with locks; got '{folder}': {error.strerror};"
+            " choose another folder"
+        ) from None
 
 
 def seed_everything(seed: int) -> None:
@@ -159,10 +174,15 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class Signals:
-    """SIGTERM or Ctrl-C ask for a stop after the current step; a second one ends at once."""
+    """SIGTERM or Ctrl-C ask for a stop after the current step; a later one ends at once.
+
+    One that comes within `SAME_SECONDS` is taken for the same: launchers forward to the main
+    process what its whole group has got already.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -174,12 +194,15 @@ class Signals:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: it was not installed from Python, which cannot put it back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now
+        elif now - self._received_at > SAME_SECONDS:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 def environment(device: torch.device) -> dict[str, Any]:

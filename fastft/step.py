@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fastft.config import GradientsConfig
 from fastft.errors import ConfigError
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
-from fastft.names import named_parameters
 from fastft.optim import Optimizer
 from fastft.task import Batch, Block, Loss, LossFunction, Task
 
@@ -82,7 +81,9 @@ def compile_task(task: Task, mode: str, precision: Precision) -> None:
     # All blocks share the code object below, and torch's limit is per code object: each distinct
     # block, in train and eval mode, with full and last batches, needs a graph of its own.
     dynamo_config = cast(Any, torch._dynamo.config)  # type: ignore[attr-defined]
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 8 * len(blocks))
+    dynamo_config.recompile_limit = max(64, dynamo_config.recompile_limit, 8 * len(blocks))
+    # Past the limit torch would go on uncompiled, and say so only in a log.
+    dynamo_config.fail_on_recompile_limit_hit = True
     for block in blocks:
         inside = _autocast_inside(block.module.forward, precision)
         block.module.forward = torch.compile(
@@ -144,16 +145,16 @@ class TrainingStep:
         self._parameters = list(optimizer.parameters.values())
         self._untouched = list(range(len(names)))
         scaled = precision.name == "fp16"
-        kind = nn.modules.batchnorm._NormBase
-        self._norms = [module for module in task.model.modules() if isinstance(module, kind)]
+        self.statistics = _running_statistics(task.model)
+        self._kept = [torch.empty_like(buffer) for buffer in self.statistics.values()]
         self.guard = GradientGuard(names, gradients, precision.device, scaled=scaled)
         self.summary = NormSummary(names, optimizer.groups, task)
 
     def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
         """Runs step `index` (0-based) on micro-batches that are on the device."""
-        moving = [norm for norm in self._norms if norm.training]
-        statistics = [buffer for norm in moving for buffer in norm.buffers(recurse=False)]
-        before = [buffer.clone() for buffer in statistics]
+        statistics = list(self.statistics.values())
+        if statistics:
+            torch._foreach_copy_(self._kept, statistics)  # pyright: ignore[reportPrivateImportUsage]
         factor = self.optimizer.lr_factor(index)
         losses = [
             self._forward_backward(dataclasses.replace(batch, lr_factor=factor), len(batches))
@@ -178,8 +179,9 @@ class TrainingStep:
         self._untouched = [i for i in self._untouched if gradients[i] is None]
         verdict = self.guard.inspect(gradients)
         # A skipped step must leave the running statistics as they were, too.
-        for buffer, old in zip(statistics, before, strict=True):
-            torch.where(verdict.skip > 0, old, buffer, out=buffer)
+        undo = verdict.skip > 0
+        for buffer, old in zip(statistics, self._kept, strict=True):
+            torch.where(undo, old, buffer, out=buffer)
         self.optimizer.update(index, verdict.divisor, verdict.skip)
         self.optimizer.zero_grad()
         return StepResult(total, parts, verdict)
@@ -197,23 +199,34 @@ class TrainingStep:
         return Loss(loss.total.detach(), parts)
 
 
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of batch norms and their kin, by name."""
+    kind = nn.modules.batchnorm._NormBase
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, kind)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
 
 
 class Ema:
-    """Exponential moving average of the model's floating-point parameters.
+    """Exponential moving average of the trained parameters.
 
     The decay of step t is `min(decay, (1 + t) / (10 + t))`: early averages forget the start.
 
     Args:
-        model: whose current weights the average starts from.
+        parameters: by name; the average starts from their current values.
         decay: share of the average kept per step.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._decay = decay
-        self._parameters = {n: p for n, p in named_parameters(model) if p.is_floating_point()}
+        self._parameters = dict(parameters)
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()

@@ -252,8 +252,8 @@ class Adapter(Protocol):
         Args:
             criterion: the run file's `[loss]`, None where it has no terms.
             checkpoint: `model.checkpoint`, for families whose checkpoints say the architecture.
-            pretrained: False where a run's own weights will be loaded over everything, so that
-                none need be fetched from a hub.
+            pretrained: False where weights will be loaded over everything, so that none need be
+                fetched from a hub.
         """
         ...
 

@@ -89,7 +89,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             rehearse(task, validation, metrics, precision)
         if dry_run:
             return None
-        ema = Ema(task.model, config.ema.decay) if config.ema else None
+        ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None
         sizes = {source.name: len(source) for source in loader.sources}
         state = TrainingState(task, step, ema, run.device, sizes)
         first = state.restore(saved) if saved else 0

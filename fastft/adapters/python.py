@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, cast
 
-import safetensors.torch
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.utils.data import default_collate
 
 from fastft.config import DataSource
 from fastft.errors import AdapterError, ConfigError, DataError
+from fastft.portable import write_portable
 from fastft.runfile import parse
 from fastft.task import (
     Adapter,
@@ -168,9 +168,7 @@ class FileAdapter:
         if hasattr(self._module, "save"):
             self._module.save(task, path)
         else:
-            # Copies, since safetensors refuses tied tensors: it would not know whose memory it is.
-            state = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
-            safetensors.torch.save_file(state, path)
+            write_portable(task.model, path)
 
     def describe(self, path: Path) -> Description | None:
         """The file's `describe(path)`, else the core's table of tensors."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -23,6 +22,7 @@ from torch.utils.data import default_collate
 
 from fastft.config import DataSource
 from fastft.errors import AdapterError, ConfigError, DataError
+from fastft.portable import write_portable
 from fastft.task import (
     Batch,
     Criterion,
@@ -149,13 +149,8 @@ class TimmAdapter:
 
     def save(self, task: Task, path: Path) -> None:
         """A safetensors file for `timm.create_model(name, checkpoint_path=path)`."""
-        # Copies: safetensors refuses tied tensors, and timm wants all names of one.
-        state = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in task.model.state_dict().items()
-        }
         metadata = {"architecture": self.options.name, "num_classes": str(self.options.num_classes)}
-        safetensors.torch.save_file(state, path, metadata=metadata)
+        write_portable(task.model, path, metadata)
 
     def describe(self, path: Path) -> Description | None:
         """The core's table of tensors says all."""

@@ -97,3 +97,9 @@ class RunConfig:
                 f"optim.schedule.warmup_steps: must be below run.steps; got {warmup} of"
                 f" {self.run.steps}; lower it"
             )
+        for number, stage in enumerate(self.finetune.unfreeze):
+            if stage.at_step >= self.run.steps:
+                raise ValueError(
+                    f"finetune.unfreeze.{number}.at_step: must be below run.steps; got"
+                    f" {stage.at_step} of {self.run.steps}; lower it"
+                )

@@ -100,8 +100,8 @@ class LogHook:
         began = time.perf_counter()
         values = _read(
             {
-                "train/loss": _finite_mean(torch.stack(self._losses)),
                 **{f"train/{name}": part for name, part in result.parts.items()},
+                "train/loss": _finite_mean(torch.stack(self._losses)),
                 "gradients/norm": result.verdict.norm,
                 **{f"gradients/{name}": norm for name, norm in norms.items()},
                 **{f"gradients/{name}": count for name, count in guard.counters().items()},

@@ -47,8 +47,8 @@ class TrainingState:
         return {**self.model_state(), **{name: a for name, a in tied if a is not None}}
 
     def nonfinite_names(self) -> list[str]:
-        """Trained parameters that hold NaN or Inf; waits for the device."""
-        named = self.step.optimizer.parameters
+        """Trained parameters and running statistics with NaN or Inf; waits for the device."""
+        named = {**self.step.optimizer.parameters, **self.step.statistics}
         bad = torch.stack([~torch.isfinite(p.detach()).all() for p in named.values()]).tolist()
         return [name for name, is_bad in zip(named, bad, strict=True) if is_bad]
 

@@ -285,3 +285,30 @@ def test_new_heads_start_anew_without_a_checkpoint_too(fastft: Callable[..., Any
     state = safetensors.torch.load_file("run/checkpoints/step-00000001/model.safetensors")
     assert not state["head.weight"].round(decimals=6).any()
     assert state["stem.weight"].any()
+
+
+def test_weights_in_another_memory_order_are_exported(fastft: Callable[..., Any]) -> None:
+    text = Path("model.py").read_text()
+    Path("model.py").write_text(
+        text.replace("return Net(width, classes)", "net = Net(width, classes)\n    ")
+        + "    net.stem.weight.data = net.stem.weight.data.T.contiguous().T\n    return net\n"
+    )
+    assert fastft("train", "run.toml").code == 0
+    outcome = fastft("export", "run.toml", "--to", "out.safetensors")
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert safetensors.torch.load_file("out.safetensors")["stem.weight"].shape == (8, 4)
+    outcome = fastft("export", "run.toml", "--to", "out.pt")
+    assert outcome.code == 2
+    assert "--to: must end in .safetensors" in outcome.errors
+    assert not Path("out.pt").exists()
+
+
+def test_a_file_to_evaluate_must_hold_the_whole_model(fastft: Callable[..., Any]) -> None:
+    assert fastft("train", "run.toml").code == 0
+    state = safetensors.torch.load_file("run/checkpoints/step-00000002/model.safetensors")
+    part = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
+    safetensors.torch.save_file(part, "part.safetensors")
+    arguments = ["evaluate", "run.toml", "model.strict=false", "--checkpoint", "part.safetensors"]
+    outcome = fastft(*arguments)
+    assert outcome.code == 2
+    assert "missing" in outcome.errors

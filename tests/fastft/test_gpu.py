@@ -94,7 +94,7 @@ def build(config: RunConfig):
     compile_task(task, config.step.compile, precision)
     set_train_mode(task.model, "full")
     step = TrainingStep(task, optimizer, None, config.gradients, precision)
-    return step, iter(loader.batches()), Ema(task.model, 0.99)
+    return step, iter(loader.batches()), Ema(optimizer.parameters, 0.99)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -158,7 +158,7 @@ def test_repeated_blocks_are_blocks_rather_than_stages() -> None:
 def test_the_average_follows_the_weights_and_swaps_in_and_out() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    ema = Ema(model, 0.5)
+    ema = Ema(dict(model.named_parameters()), 0.5)
     nn.init.constant_(model.weight, 3.0)
     # Early decay is (1 + 0) / (10 + 0) = 0.1: 0.1 * 1 + 0.9 * 3.
     ema.update(0)
@@ -172,7 +172,7 @@ def test_the_average_follows_the_weights_and_swaps_in_and_out() -> None:
 
 def test_an_error_inside_does_not_leave_the_average_in_the_model() -> None:
     model = nn.Linear(1, 1)
-    ema = Ema(model, 0.5)
+    ema = Ema(dict(model.named_parameters()), 0.5)
     before = model.weight.item()
     nn.init.constant_(ema.average["weight"], 7.0)
     with pytest.raises(RuntimeError), ema.swapped_in():
@@ -190,7 +190,7 @@ def test_the_saved_average_is_one_model_where_weights_are_tied() -> None:
 
     task = Task(model=Tied(), loss=squared_error)
     step = make_step(task)
-    ema = Ema(task.model, 0.5)
+    ema = Ema(step.optimizer.parameters, 0.5)
     nn.init.constant_(ema.average["inside.weight"], 7.0)
     state = TrainingState(task, step, ema, CPU, {}).ema_state()
     assert state is not None

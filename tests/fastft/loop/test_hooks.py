@@ -199,6 +199,21 @@ def test_a_signal_after_a_save_does_not_save_again(
     assert saves == [3, 6]
 
 
+def test_a_signal_that_comes_twice_is_one(eventful, fastft) -> None:
+    """As a launcher forwards what the whole group has got."""
+    eventful("os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)", at=5)
+    assert fastft(*STEPS).code == 4
+    assert saved_steps() == [3, 5]
+
+
+def test_running_statistics_that_are_not_finite_are_not_saved(eventful, fastft) -> None:
+    eventful("model.norm.running_var.fill_(float('inf'))", at=8)
+    outcome = fastft(*STEPS, "data.validation=[]")
+    assert outcome.code == 3
+    assert "1 tensors are not finite, as norm.running_var" in outcome.errors
+    assert saved_steps() == [3, 6]
+
+
 def test_ctrl_c_before_training_ends_at_once(
     project: Path, fastft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
