@@ -101,8 +101,8 @@ def test_a_loss_is_picked_by_its_name(smallest: Path) -> None:
         ("optim.lr=inf", "optim.lr: must be a finite number; got Infinity"),
         ("optim={lr=1,nesterov=true,momentum=0}", "optim: nesterov needs a momentum above 0; ..."),
         ("ema={}", "ema.decay: must be set; got nothing; add it"),
-        ("finetune.unfreeze=[{at_step=99,match=['*']}]", "finetune.unfreeze.0.at_step: must be below"
-         " ...; lower it"),
+        ("finetune.unfreeze=[{at_step=99,match=['*']}]", "finetune.unfreeze.0.at_step: must be"
+         " below ...; lower it"),
         ("loss.terms=[{weight=1}]", "loss.terms.0: needs a name; ...; set its 'name'"),
         ("loss.terms=[{name='mae',weight='a'}]", 'loss.terms.0.weight: must be a number; got "a"'),
         ("finetune.new_heads.head.init=ones", "finetune.new_heads.head.init: must be a known value;"
