@@ -33,10 +33,6 @@ class CheckpointError(FastftError):
     """A checkpoint that cannot be read, does not fit the model, or cannot be written."""
 
 
-class PlanError(FastftError):
-    """A memory plan that cannot be made or does not fit."""
-
-
 class AdapterError(FastftError):
     """An adapter that is unknown, lacks its package, or was asked for what it cannot do."""
 
