@@ -45,9 +45,10 @@ def assemble(
         console.print(
             "no model.checkpoint: the weights are the adapter's, random unless it says so"
         )
-        # Only the heads start anew.
-        own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))
-        load_weights(task.model, own, config.model, heads)
+        if heads:
+            # Only they start anew.
+            own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))
+            load_weights(task.model, own, config.model, heads)
     apply_method(task, config.finetune)
     return task, adapter
 

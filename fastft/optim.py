@@ -5,7 +5,6 @@ divisor for the gradients and a skip flag, so that unscaling, clipping and skipp
 another pass over the gradients nor the host.
 """
 
-import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from fastft.config import OptimConfig, ScheduleConfig
 from fastft.errors import CheckpointError, ConfigError, nearest
-from fastft.names import named_parameters
+from fastft.names import matching, named_parameters
 from fastft.task import Task
 
 # What peft adds to a layer's name for the low-rank update of its weight.
@@ -259,7 +258,7 @@ def _make_inner(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Opt
 def _first_match(name: str, config: OptimConfig) -> int:
     """The first rule that matches a parameter, -1 for none."""
     for index, rule in enumerate(config.groups):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.match):
+        if matching(rule.match, [name]):
             return index
     return -1
 
@@ -273,9 +272,9 @@ def _refuse_idle_rules(
             continue
         where = f"optim.groups.{index}.match"
         patterns = ", ".join(f"'{pattern}'" for pattern in rule.match)
-        if any(fnmatch.filter(trained, pattern) for pattern in rule.match):
+        if matching(rule.match, trained):
             problems.append(f"{where}: {patterns} match only what earlier rules took; move it up")
-        elif any(fnmatch.filter(names, pattern) for pattern in rule.match):
+        elif matching(rule.match, names):
             problems.append(
                 f"{where}: {patterns} match only frozen parameters; unfreeze or drop it"
             )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
+from fastft.config import RunConfig
 from fastft.evaluate import evaluate, export
 from fastft.runfile import read_run_file
 from fastft.runtime import environment, find_device
@@ -44,47 +45,61 @@ def write_data(folder: Path) -> None:
             )
 
 
-def main() -> None:
-    console = Console()
-    began = time.perf_counter()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    write_data(FOLDER / "data")
+# What was done, accuracy, seconds.
+Row = tuple[str, float, float]
+
+
+def run_all(finetuning: RunConfig, console: Console) -> list[Row]:
+    """Pretrains, then fine-tunes as a probe and in full."""
     pretraining = read_run_file(HERE / "pretrain.toml")
-    finetuning = read_run_file(HERE / "finetune.toml")
-    device = find_device(finetuning.run.device)
     probing = read_run_file(
         HERE / "finetune.toml",
         ["finetune.method=probe", f"run.folder={FOLDER / 'probe'}", "optim.groups=[]"],
     )
 
-    def timed(title: str, action: Callable[[], dict[str, float]]) -> tuple[str, float, float]:
+    def timed(title: str, action: Callable[[], dict[str, float]]) -> Row:
         console.rule(title)
         began = time.perf_counter()
         accuracy = action()["accuracy"]
         return title, accuracy, time.perf_counter() - began
 
-    def pretrain() -> dict[str, float]:
-        train(pretraining, console)
-        export(pretraining, console, PRETRAINED)
-        return evaluate(pretraining, console)
+    def trained(config: RunConfig) -> dict[str, float]:
+        train(config, console)
+        return evaluate(config, console)
 
-    def before() -> dict[str, float]:
-        return evaluate(finetuning, console, checkpoint=str(PRETRAINED))
-
-    def probe() -> dict[str, float]:
-        train(probing, console)
-        return evaluate(probing, console)
-
-    def finetune() -> dict[str, float]:
-        train(finetuning, console)
-        return evaluate(finetuning, console)
-
-    timed("pretraining on digits 0-4", pretrain)
-    rows = [
-        timed("before fine-tuning", before),
-        timed("linear probe", probe),
-        timed("full fine-tuning", finetune),
+    timed("pretraining on digits 0-4", lambda: trained(pretraining))
+    export(pretraining, console, PRETRAINED)
+    return [
+        timed(
+            "before fine-tuning",
+            lambda: evaluate(finetuning, console, checkpoint=str(PRETRAINED)),
+        ),
+        timed("linear probe", lambda: trained(probing)),
+        timed("full fine-tuning", lambda: trained(finetuning)),
     ]
+
+
+def write_record(finetuning: RunConfig, rows: list[Row], total_seconds: float) -> None:
+    """The table and the machine as `result.json`."""
+    device = find_device(finetuning.run.device)
+    record = {
+        "benchmark": "quickstart",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "precision": make_precision(finetuning.step.precision, device).name,
+        "rows": {title: {"accuracy": a, "seconds": round(s, 2)} for title, a, s in rows},
+        "total_seconds": round(total_seconds, 2),
+        "machine": environment(device),
+    }
+    (FOLDER / "result.json").write_text(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    console = Console()
+    began = time.perf_counter()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_data(FOLDER / "data")
+    finetuning = read_run_file(HERE / "finetune.toml")
+    rows = run_all(finetuning, console)
     table = Table(title="Held-out accuracy on digits 5-9")
     table.add_column("")
     table.add_column("accuracy", justify="right")
@@ -92,15 +107,7 @@ def main() -> None:
     for title, accuracy, seconds in rows:
         table.add_row(title, f"{accuracy:.3f}", f"{seconds:.1f}")
     console.print(table)
-    record = {
-        "benchmark": "quickstart",
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "precision": make_precision(finetuning.step.precision, device).name,
-        "rows": {title: {"accuracy": a, "seconds": round(s, 2)} for title, a, s in rows},
-        "total_seconds": round(time.perf_counter() - began, 2),
-        "machine": environment(device),
-    }
-    (FOLDER / "result.json").write_text(json.dumps(record) + "\n")
+    write_record(finetuning, rows, time.perf_counter() - began)
     exported = FOLDER / "finetuned.safetensors"
     export(finetuning, console, exported)
     for line in (
