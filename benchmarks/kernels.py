@@ -62,13 +62,24 @@ class Records:
 def providers(case: OpCase) -> Iterator[tuple[str, Function, torch.dtype | None]]:
     """(name, function, dtype of the parameters or None for what the catalog makes)."""
     yield "fastft", case.op, None
+    if case.name == "layer_norm":
+        # What the peers get: they have no bf16 input with float32 weights.
+        yield "fastft, bf16 weights", case.op, torch.bfloat16
     yield "eager", case.reference, torch.bfloat16
     if case.name in COMPILED:
         compiled = torch.compile(case.reference, fullgraph=True, dynamic=False)
         yield "compile", compiled, torch.bfloat16
+    if case.name == "layer_norm":
+        yield "compile, fp32 weights", torch.compile(_autocast_norm, dynamic=False), None
     if case.name == "layer_norm" and importlib.util.find_spec("liger_kernel"):
         liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
         yield "liger", lambda x, w, b: liger.apply(x, w, b, 1e-5), torch.bfloat16
+
+
+def _autocast_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Layer norm of a bf16 tensor with float32 weights, as autocast and the next cast make it."""
+    y = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias)
+    return y.to(x.dtype)
 
 
 def check(case: OpCase, columns: int) -> None:

@@ -1,10 +1,13 @@
 """Tries schedules of the kernels and records them all; `row_schedule` and `adam` hold the choice.
 
 Kernels are compiled by a pool of processes first, because compiling takes longer than timing.
-Usage: python -m benchmarks.sweep OUT.jsonl [norm adam gradient]
+Norms are tried with weights in float32 and in bf16, at 2^28 elements (norm), and at 4,096 rows
+replayed from a CUDA graph (small).
+Usage: python -m benchmarks.sweep OUT.jsonl [norm small adam gradient]
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -20,24 +23,26 @@ from fastft_kernels import FusedAdam, GradientNorm, adam, gradient_norm
 from fastft_kernels.adam import AdamSchedule
 from fastft_kernels.row_schedule import Schedule
 
-from benchmarks.timing import copy_bytes_per_us, time_device
+from benchmarks.timing import copy_bytes_per_us, time_device, time_replayed
 
 ELEMENTS = 1 << 28
 BYTES = {"fp32": 28, "bf16": 20, "8bit": 16 + 4 / 128}
 Task = tuple[str, Any, Any]
+# Columns, dtype of weight and bias, rows or None for 2^28 elements.
+Variant = tuple[int, str, int | None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMALL_ROWS = 4096
 COLUMNS = (512, 1024, 2048, 4096, 8192)
 norms: Any = sys.modules["fastft_kernels.layer_norm"]
 
 
 def forward_candidates(columns: int) -> list[Schedule]:
-    """A program per tile, and persistent ones with prefetch."""
-    chosen = [Schedule(max(1, 8192 // columns), 8), Schedule(max(1, 16384 // columns), 8)]
-    for tile, warps, stages, count in itertools.product((4096, 8192), (8, 16), (3, 4), (1, 2, 4)):
-        if tile >= columns and tile <= 512 * warps * 2 and count * warps <= 32:
-            chosen.append(Schedule(tile // columns, warps, stages, count))
+    """A program per tile, and for long rows persistent ones with prefetch."""
+    tiles = [t for t in (1024, 2048, 4096, 8192, 16384) if columns <= t <= 16 * columns]
+    chosen = [Schedule(t // columns, w) for t in tiles for w in (1, 2, 4, 8, 16, 32) if _fits(t, w)]
     if columns == 8192:
-        # More programs than run at once: waves that drift apart, weights still used several times.
-        chosen += [Schedule(1, w, s, n) for w in (8, 16) for s in (1, 3) for n in (4, 8, 16)]
+        settings = itertools.product((8, 16), (1, 3, 4), (1, 2, 4, 8, 16))
+        chosen += [Schedule(1, *setting) for setting in settings]
     return chosen
 
 
@@ -48,10 +53,16 @@ def backward_candidates(columns: int) -> list[Schedule]:
     return [Schedule(t // columns, w, s, n) for t, w, s, n in settings if t >= columns]
 
 
-def run_norm(direction: str, columns: int, schedule: Schedule, rows: int) -> Any:
+def _fits(tile: int, warps: int) -> bool:
+    """8 to 64 elements per thread: 16-byte accesses, and no spilled registers."""
+    return 8 <= tile // (32 * warps) <= 64
+
+
+def run_norm(direction: str, variant: Variant, schedule: Schedule, rows: int) -> Any:
     """A call of one direction under the given schedule."""
+    columns, dtype, _ = variant
     x = torch.randn(rows, columns, device="cuda").bfloat16()
-    weight, bias = torch.randn(columns, device="cuda"), torch.randn(columns, device="cuda")
+    weight, bias = (torch.randn(columns, device="cuda").to(DTYPES[dtype]) for _ in range(2))
     outputs = torch.ops.fastft.layer_norm_forward(x, None, weight, bias, 1e-5, x.dtype)
     setattr(norms, f"{direction}_schedule", lambda *_: schedule)
     if direction == "forward":
@@ -116,10 +127,11 @@ def run_many(task: Task, params: list[torch.nn.Parameter]) -> Any:
 
 def tasks(wanted: set[str]) -> list[Task]:
     found: list[Task] = []
-    if "norm" in wanted:
-        for n in COLUMNS:
-            found += [("forward", n, s) for s in forward_candidates(n)]
-            found += [("backward", n, s) for s in backward_candidates(n)]
+    for part, rows in (("norm", None), ("small", SMALL_ROWS)):
+        for n, dtype in itertools.product(COLUMNS, DTYPES) if part in wanted else ():
+            found += [("forward", (n, dtype, rows), s) for s in forward_candidates(n)]
+            if dtype == "fp32":
+                found += [("backward", (n, dtype, rows), s) for s in backward_candidates(n)]
     if "adam" in wanted:
         pairs = itertools.product(("fp32", "bf16", "8bit"), adam_candidates())
         found += [("adam", *pair) for pair in pairs]
@@ -129,25 +141,35 @@ def tasks(wanted: set[str]) -> list[Task]:
     return found
 
 
+def _compiled_as(task: Task) -> str:
+    name, variant, schedule = task
+    kind = variant[:2] if name in ("forward", "backward") else variant
+    return f"{name} {kind} {schedule}".split(", programs_per_sm")[0]
+
+
 def measure(task: Task, params: list[torch.nn.Parameter], copy: float) -> dict[str, Any]:
     """One record: device time and share of a copy."""
     name, variant, schedule = task
     if name in ("forward", "backward"):
-        call = run_norm(name, variant, schedule, rows=ELEMENTS // variant)
-        moved = ELEMENTS * (4 if name == "forward" else 6)
+        columns, dtype, rows = variant
+        moved = (rows or ELEMENTS // columns) * columns * (4 if name == "forward" else 6)
+        what = f"{name} {columns}, weights {dtype}, rows {rows or ELEMENTS // columns}"
+        make = functools.partial(run_norm, *task, rows=rows or ELEMENTS // columns)
+        if rows is None:
+            p50 = time_device(make(), repeats=10, warmup=2).p50
+        else:
+            p50 = time_replayed(make, max(4, min(32, (256 << 20) // moved))).p50
     else:
-        call = run_many(task, params)
         size = BYTES[variant] if name == "adam" else 4
-        moved = size * sum(p.numel() for p in params)
-    p50 = time_device(call, repeats=10, warmup=2).p50
-    what = {"what": f"{name} {variant}", "schedule": str(schedule)}
-    return {**what, "p50_us": p50, "share": moved / p50 / copy}
+        moved, what = size * sum(p.numel() for p in params), f"{name} {variant}"
+        p50 = time_device(run_many(task, params), repeats=10, warmup=2).p50
+    return {"what": what, "schedule": str(schedule), "p50_us": p50, "share": moved / p50 / copy}
 
 
 def main() -> None:
     out, wanted = Path(sys.argv[1]), set(sys.argv[2:]) or {"norm", "adam", "gradient"}
     todo = tasks(wanted)
-    distinct = {str(t).split(", programs_per_sm")[0]: t for t in todo}
+    distinct = {_compiled_as(task): task for task in todo}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(14, mp_context=context) as pool:
         list(pool.map(compile_one, distinct.values(), chunksize=4))

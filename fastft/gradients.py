@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from fastft_kernels import GradientNorm, ZClip
 from torch import Tensor, nn
 
 from fastft.config import GradientsConfig
@@ -41,10 +42,17 @@ class GradientGuard:
         names: of the parameters, in the order of `inspect`'s gradients.
         config: the run file's `[gradients]`.
         scaled: whether the loss is scaled, as fp16 needs.
+        fused: measure with fastft's kernel; ZClip needs it.
     """
 
     def __init__(
-        self, names: Sequence[str], config: GradientsConfig, device: torch.device, *, scaled: bool
+        self,
+        names: Sequence[str],
+        config: GradientsConfig,
+        device: torch.device,
+        *,
+        scaled: bool,
+        fused: bool = False,
     ) -> None:
         self.names = list(names)
         self._config = config
@@ -60,6 +68,12 @@ class GradientGuard:
             "stop": zero.clone(),
         }
         self._bad_tensors = torch.zeros(len(names), dtype=torch.bool, device=device)
+        self._kernel: GradientNorm | None = None
+        if fused:
+            zclip = config.zclip and ZClip(
+                config.zclip.decay, config.zclip.z_limit, config.zclip.warmup_steps
+            )
+            self._kernel = GradientNorm(max_norm=config.clip_norm, zclip=zclip)
 
     @property
     def scale(self) -> Tensor:
@@ -71,8 +85,7 @@ class GradientGuard:
         """Judges one step's gradients and moves the counters."""
         config, state = self._config, self._state
         scale = state["scale"].clone()
-        tensor_norms = self._tensor_norms(gradients) / scale
-        norm = torch.linalg.vector_norm(tensor_norms)
+        norm, tensor_norms, coefficient = self._measure(gradients, scale)
         nonfinite = ~torch.isfinite(norm)
         exploding = torch.zeros_like(nonfinite)
         if config.explode_norm is not None:
@@ -83,10 +96,6 @@ class GradientGuard:
             skip = skip | nonfinite
         if config.on_explode == "skip":
             skip = skip | exploding
-        coefficient = torch.ones_like(norm)
-        if config.clip_norm is not None:
-            # The 1e-6 of torch.nn.utils.clip_grad_norm_, so that both clip alike.
-            coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         self._count(nonfinite, exploding, bad, skip)
         self._bad_tensors |= ~torch.isfinite(tensor_norms)
         if self._scaled:
@@ -105,13 +114,31 @@ class GradientGuard:
         return bad
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Scale and counters."""
-        return dict(self._state)
+        """Scale and counters, and the past norms that ZClip knows."""
+        zclip = self._kernel.state_dict() if self._kernel and self._config.zclip else {}
+        return {**self._state, **zclip}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
-        for name, value in state.items():
-            self._state[name].copy_(value)
+        for name, value in self._state.items():
+            value.copy_(state[name])
+        if self._kernel and self._config.zclip:
+            self._kernel.load_state_dict({"zclip": state["zclip"]})
+
+    def _measure(
+        self, gradients: Sequence[Tensor | None], scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Global norm, `[parameters]` norms, clip coefficient; norms are unscaled."""
+        if self._kernel is not None:
+            found = self._kernel(gradients, scale)
+            return found.global_norm, found.tensor_norms, found.clip_coefficient
+        tensor_norms = self._tensor_norms(gradients) / scale
+        norm = torch.linalg.vector_norm(tensor_norms)
+        coefficient = torch.ones_like(norm)
+        if self._config.clip_norm is not None:
+            # The 1e-6 of torch.nn.utils.clip_grad_norm_, so that both clip alike.
+            coefficient = (self._config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm, tensor_norms, coefficient
 
     def _tensor_norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
         present = [g for g in gradients if g is not None]

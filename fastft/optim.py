@@ -1,8 +1,8 @@
 """Parameter groups, schedules and the optimizer.
 
-The optimizer is torch's own, fused where torch has it. An update takes two device scalars, a
-divisor for the gradients and a skip flag, so that unscaling, clipping and skipping need neither
-another pass over the gradients nor the host.
+Adam is fastft's own on a GPU, every other optimizer torch's, fused where torch has it. An update
+takes two device scalars, a divisor for the gradients and a skip flag, so that unscaling, clipping
+and skipping need neither another pass over the gradients nor the host.
 """
 
 import math
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from fastft_kernels import FusedAdam
 from rich.table import Table
 from torch import Tensor, nn
 
 from fastft.config import OptimConfig, ScheduleConfig
 from fastft.errors import CheckpointError, ConfigError, nearest
+from fastft.fused import TORCH_ONLY, Kernels
 from fastft.names import matching, named_parameters
 from fastft.task import Task
 
@@ -125,13 +127,22 @@ class Optimizer:
         groups: from `make_groups`.
         config: the run file's `[optim]`.
         total_steps: length of the schedule.
+        kernels: whether Adam is fastft's.
+        seed: of the rounding of moments in fewer bits.
     """
 
-    def __init__(self, groups: Sequence[Group], config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        config: OptimConfig,
+        total_steps: int,
+        kernels: Kernels = TORCH_ONLY,
+        seed: int = 0,
+    ) -> None:
         self.groups = groups
         self._schedule = config.schedule
         self._total_steps = total_steps
-        self._inner = _make_inner(groups, config)
+        self._inner = _make_inner(groups, config, kernels, seed)
         self._fused = config.name != "rmsprop"
         if config.name == "sgd":
             # torch makes momentum buffers in the first update, uninitialised where that is skipped.
@@ -163,13 +174,27 @@ class Optimizer:
         factor = self.lr_factor(step)
         for group, settings in zip(self.groups, self._inner.param_groups, strict=True):
             settings["lr"] = group.lr * factor
-        if self._fused:
+        if isinstance(self._inner, FusedAdam):
+            self._inner.step(grad_divisor=divisor, skip=skip)
+        elif self._fused:
             # The contract by which torch's GradScaler hands both to a fused optimizer.
             inner = cast(Any, self._inner)
             inner.grad_scale, inner.found_inf = divisor, skip
             inner.step()
         else:
             self._guarded_step(divisor, skip)
+
+    def update_norms(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Parameter name -> L2 norms of its last update and of the parameter; on the device.
+
+        Only fastft's Adam measures them, while it updates; empty for others.
+        """
+        if not isinstance(self._inner, FusedAdam):
+            return {}
+        found = self._inner.statistics()
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        updated = [names[cast(nn.Parameter, p)] for p in self._inner.parameters]
+        return dict(zip(updated, zip(found.update, found.weight, strict=True), strict=True))
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -194,7 +219,9 @@ class Optimizer:
             )
         for name, values in state.items():
             parameter = parameters[name]
-            if values:
+            if values and isinstance(self._inner, FusedAdam):
+                self._inner.load_parameter_state(parameter, values)
+            elif values:
                 # Step counters stay where torch keeps them: beside the parameter when fused.
                 self._inner.state[parameter] = {
                     key: value.to(parameter.device) if isinstance(value, Tensor) else value
@@ -221,7 +248,9 @@ class Optimizer:
                     torch.where(undo, state.get(key, torch.zeros_like(value)), value, out=value)
 
 
-def _make_inner(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _make_inner(
+    groups: Sequence[Group], config: OptimConfig, kernels: Kernels, seed: int
+) -> torch.optim.Optimizer:
     adam = config.name in ("adam", "adamw")
     settings = [
         {
@@ -232,6 +261,15 @@ def _make_inner(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Opt
         }
         for group in groups
     ]
+    if kernels.adam:
+        return FusedAdam(
+            settings,
+            eps=config.eps,
+            decoupled=config.name == "adamw",
+            state_layout=config.moments,
+            monitor=True,
+            seed=seed,
+        )
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(settings, lr=config.lr, eps=config.eps, fused=True),
         "adam": lambda: torch.optim.Adam(settings, lr=config.lr, eps=config.eps, fused=True),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastft.config import GradientsConfig
 from fastft.errors import ConfigError
+from fastft.fused import TORCH_ONLY, Kernels
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
 from fastft.optim import Optimizer
 from fastft.task import Batch, Block, Loss, LossFunction, Task
@@ -127,6 +128,7 @@ class TrainingStep:
         task: model and loss, on the device.
         optimizer: over the trained parameters.
         penalty: the run file's terms on parameters, or None.
+        kernels: whether gradients are measured by fastft's kernel.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class TrainingStep:
         penalty: Callable[[], Tensor] | None,
         gradients: GradientsConfig,
         precision: Precision,
+        kernels: Kernels = TORCH_ONLY,
     ) -> None:
         self.task = task
         self.precision = precision
@@ -147,7 +150,9 @@ class TrainingStep:
         scaled = precision.name == "fp16"
         self.statistics = _running_statistics(task.model)
         self._kept = [torch.empty_like(buffer) for buffer in self.statistics.values()]
-        self.guard = GradientGuard(names, gradients, precision.device, scaled=scaled)
+        self.guard = GradientGuard(
+            names, gradients, precision.device, scaled=scaled, fused=kernels.norm
+        )
         self.summary = NormSummary(names, optimizer.groups, task)
 
     def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
@@ -185,6 +190,19 @@ class TrainingStep:
         self.optimizer.update(index, verdict.divisor, verdict.skip)
         self.optimizer.zero_grad()
         return StepResult(total, parts, verdict)
+
+    def update_ratios(self) -> dict[str, Tensor]:
+        """'group/<name>' and 'layer/<name>' -> L2 norm of the last update over the weights'.
+
+        Empty where the optimizer does not measure its updates (see `Optimizer.update_norms`).
+        """
+        found = self.optimizer.update_norms()
+        if not found:
+            return {}
+        none = (torch.zeros((), device=self.precision.device),) * 2
+        pairs = [found.get(name, none) for name in self.guard.names]
+        update, weight = (self.summary(torch.stack(norms)) for norms in zip(*pairs, strict=True))
+        return {name: update[name] / weight[name].clamp(min=1e-8) for name in update}
 
     def untouched_names(self) -> list[str]:
         """Parameters that should be trained but had no gradient in any step so far."""

@@ -145,6 +145,8 @@ class Task:
         fields: what the model expects of the data, by field.
         layers: parameter name -> layer number, 0 nearest the input, for layer-wise decay; None:
             derived from `blocks`.
+        layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
+            one may take their place.
     """
 
     model: nn.Module
@@ -154,6 +156,7 @@ class Task:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     fields: Mapping[str, FieldSpec] = field(default_factory=dict)
     layers: Mapping[str, int] | None = None
+    layer_norms: tuple[type[nn.LayerNorm], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastft.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoin
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode, staged_names, unfreeze
+from fastft.fused import Kernels, choose_kernels, fuse_layer_norms
 from fastft.loop import (
     EvaluateHook,
     LogHook,
@@ -75,14 +76,20 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             # Before `prepare`, which may run the model over the data.
             load_state_dict(task.model, saved.model, where=resumed)
         adapter.prepare(task, loader)
+        fused_norms = fuse_layer_norms(task, config, run.device)
         precision = make_precision(config.step.precision, run.device)
         compile_task(task, config.step.compile, precision)
         staged = staged_names(task.model, config.finetune)
         groups = make_groups(task, config.optim, staged)
-        console.print(group_table(groups, task), _summary(config, precision))
-        optimizer = Optimizer(groups, config.optim, total)
+        trained = [p for group in groups for p in group.parameters.values()]
+        kernels = choose_kernels(config, trained, run.device)
+        console.print(group_table(groups, task), _summary(config, precision, kernels))
+        for note in (fused_norms, *kernels.notes):
+            if note:
+                console.print(note)
+        optimizer = Optimizer(groups, config.optim, total, kernels, run.seed)
         penalty = make_penalty(config.loss, task.model, optimizer.parameters)
-        step = TrainingStep(task, optimizer, penalty, config.gradients, precision)
+        step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels)
         metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
         check_evaluation(config, metrics)
         if validation is not None:
@@ -126,11 +133,12 @@ def _result(folder: Path, metrics: Mapping[str, float]) -> TrainResult:
     return TrainResult(latest_checkpoint(folder), best_checkpoint(folder), metrics)
 
 
-def _summary(config: RunConfig, precision: Precision) -> str:
+def _summary(config: RunConfig, precision: Precision, kernels: Kernels) -> str:
     """One line on what is not in the table of groups."""
     schedule, optim = config.optim.schedule, config.optim
+    whose = "fastft's" if kernels.adam else "torch's"
     return (
-        f"{config.finetune.method} fine-tuning; {optim.name}, {schedule.name} over"
+        f"{config.finetune.method} fine-tuning; {whose} {optim.name}, {schedule.name} over"
         f" {config.run.steps} steps with {schedule.warmup_steps} of warm-up;"
         f" {precision.name} on {precision.device}, compile {config.step.compile}"
     )

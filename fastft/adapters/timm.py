@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
+from timm.layers.norm import LayerNorm
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,6 +114,7 @@ class TimmAdapter:
             heads=heads,
             fields=self._fields(),
             layers=_layers(model),
+            layer_norms=(LayerNorm,),
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

@@ -34,6 +34,7 @@ from fastft.config.training import (
     MetricConfig,
     RunSection,
     StepConfig,
+    ZClipConfig,
 )
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "ScheduleConfig",
     "StepConfig",
     "Unfreeze",
+    "ZClipConfig",
 ]
 
 
@@ -91,6 +93,15 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses settings of different sections that exclude each other."""
+        if self.step.kernels == "off" and self.optim.moments != "fp32":
+            raise ValueError(
+                f"optim.moments: '{self.optim.moments}' needs step.kernels = 'auto'; got 'off';"
+                " drop one of them"
+            )
+        if self.step.kernels == "off" and self.gradients.zclip is not None:
+            raise ValueError(
+                "gradients.zclip: needs step.kernels = 'auto'; got 'off'; drop one of them"
+            )
         warmup = self.optim.schedule.warmup_steps
         if warmup >= self.run.steps:
             raise ValueError(

@@ -53,6 +53,13 @@ class OptimConfig:
     ] = 0.0
     betas: Annotated[Betas, describe("adam, adamw: decay rates of the moments.")] = (0.9, 0.999)
     eps: Annotated[Positive, describe("adam, adamw, rmsprop: added to the denominator.")] = 1e-8
+    moments: Annotated[
+        Literal["fp32", "bf16", "8bit"],
+        describe(
+            "adam, adamw: how both moments are kept: fp32 (8 bytes per parameter), bf16 with"
+            " stochastic rounding (4), or 8 bits per value in blocks of 128 (2)."
+        ),
+    ] = "fp32"
     momentum: Annotated[DecayRate, describe("sgd, rmsprop.")] = 0.9
     nesterov: Annotated[bool, describe("sgd.")] = False
     alpha: Annotated[DecayRate, describe("rmsprop: decay rate of the squared gradient.")] = 0.99
@@ -72,3 +79,7 @@ class OptimConfig:
             raise ValueError("nesterov needs a momentum above 0; got 0; set it or drop nesterov")
         if self.name not in ("adam", "adamw") and any(rule.betas for rule in self.groups):
             raise ValueError(f"betas in groups need adam or adamw; got {self.name}; drop them")
+        if self.name not in ("adam", "adamw") and self.moments != "fp32":
+            raise ValueError(
+                f"moments '{self.moments}' need adam or adamw; got {self.name}; drop them"
+            )

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from fastft.config.base import Count, Positive, describe, strict
+from fastft.config.base import Count, DecayRate, Positive, describe, strict
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -42,6 +42,28 @@ class StepConfig:
         Literal["off", "blocks", "model"],
         describe("torch.compile: each repeated block, or the whole model."),
     ] = "off"
+    kernels: Annotated[
+        Literal["auto", "off"],
+        describe("Adam and gradient norm: 'auto': fastft's on a GPU; 'off': torch's."),
+    ] = "auto"
+    layer_norm: Annotated[
+        Literal["auto", "fused", "torch"],
+        describe(
+            "'fused': fastft's, which under autocast returns the low precision; 'torch': the"
+            " model's own; 'auto': fused on a GPU where nothing is compiled."
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
+class ZClipConfig:
+    """Clipping by a norm's z-score among past norms (Kumar et al. 2025, arXiv 2504.02507)."""
+
+    z_limit: Annotated[
+        Positive, describe("Norms beyond this many standard deviations are clipped.")
+    ] = 2.5
+    decay: Annotated[DecayRate, describe("Of the moving mean and variance of norms.")] = 0.97
+    warmup_steps: Annotated[Count, describe("Steps that only collect both.")] = 25
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
@@ -49,6 +71,9 @@ class GradientsConfig:
     """Clipping, and what happens to a bad step. All of it is decided on the device."""
 
     clip_norm: Annotated[Positive | None, describe("Largest global L2 norm.")] = None
+    zclip: Annotated[
+        ZClipConfig | None, describe("Adaptive clipping; on top of clip_norm where both are set.")
+    ] = None
     on_nonfinite: Annotated[
         Literal["skip", "warn"],
         describe("Inf or NaN in the gradients: leave everything unchanged, or only report."),

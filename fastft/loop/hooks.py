@@ -106,6 +106,7 @@ class LogHook:
                 **{f"gradients/{name}": norm for name, norm in norms.items()},
                 **{f"gradients/{name}": count for name, count in guard.counters().items()},
                 "step/loss_scale": guard.scale,
+                **{f"updates/{name}": r for name, r in self._step.update_ratios().items()},
             }
         )
         # What the host waited for here is work of the steps as well.

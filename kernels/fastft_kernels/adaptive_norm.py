@@ -30,6 +30,7 @@ from fastft_kernels.device import (
     output_dtype,
     runs_triton,
 )
+from fastft_kernels.norm_formulas import plain_adaptive_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
     Schedule,
@@ -192,7 +193,9 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
     if not len(rows):
         return
     samples, length = len(scale), len(rows) // len(scale)
-    schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
+    wide = max(scale.element_size(), shift.element_size())
+    streams = element_bytes(x, residual)
+    schedule = forward_schedule(columns, len(rows), streams, wide, x.device)
     launch(
         _forward_kernel,
         (_programs(schedule, length, samples, x.device), samples),
@@ -211,9 +214,8 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
 
 def _forward_cpu(x, scale, shift, residual, eps, out) -> None:
     y, mean, rstd = out
-    variance, average = torch.var_mean(x.float(), -1, correction=0)
-    mean.copy_(average.reshape(-1))
-    rstd.copy_((variance + eps).rsqrt().reshape(-1))
+    for kept, found in zip((mean, rstd), statistics(x.reshape(-1, x.shape[-1]), eps), strict=True):
+        kept.copy_(found)
     residual = residual if residual is None else residual.float()
     y.copy_(reference(x.float(), scale.float(), shift.float(), residual, eps))
 
@@ -269,16 +271,8 @@ def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
 
 
 def _backward_cpu(dy, x, scale, mean, rstd, out) -> None:
-    dx, dscale, dshift = out
-    samples, columns = len(scale), x.shape[-1]
-    dy = dy.reshape(samples, -1, columns).float()
-    mean, rstd = mean.view(samples, -1, 1), rstd.view(samples, -1, 1)
-    h = (x.reshape(samples, -1, columns).float() - mean) * rstd
-    c = dy * (1 + scale.float())[:, None]
-    inner = c - c.mean(-1, keepdim=True) - h * (c * h).mean(-1, keepdim=True)
-    dx.copy_((inner * rstd).reshape(x.shape))
-    dscale.copy_((dy * h).sum(1))
-    dshift.copy_(dy.sum(1))
+    for kept, value in zip(out, plain_adaptive_backward(dy, x, scale, mean, rstd), strict=True):
+        kept.copy_(value)
 
 
 @torch.library.custom_op("fastft::adaptive_norm_backward", mutates_args=())
@@ -298,19 +292,25 @@ def _backward_fake(dy, x, scale, mean, rstd):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, scale, shift, residual, _, _ = inputs
+    x, scale, shift, residual, eps, _ = inputs
     _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, scale, mean, rstd)
-    ctx.shift_dtype = shift.dtype
+    ctx.shift_dtype, ctx.eps = shift.dtype, eps
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _autograd(ctx, dy, _dmean, _drstd):
     x, scale, mean, rstd = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dscale, dshift = _backward(dy, x, scale, mean, rstd)
+    if torch.is_grad_enabled():
+        # create_graph=True: plain torch, which autograd can differentiate again.
+        mean, rstd = statistics(x.reshape(-1, x.shape[-1]), ctx.eps)
+        dx, dscale, dshift = plain_adaptive_backward(dy, x, scale, mean, rstd)
+        dx, dscale = dx.to(x.dtype), dscale.to(scale.dtype)
+    else:
+        dx, dscale, dshift = _backward(dy, x, scale, mean, rstd)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
     return dx, dscale, dshift.to(ctx.shift_dtype), dresidual, None, None
 

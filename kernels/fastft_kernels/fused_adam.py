@@ -1,6 +1,6 @@
 """`FusedAdam`: a `torch.optim.Optimizer` over the kernels of `adam`, with torch AdamW's state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -128,30 +128,41 @@ class FusedAdam(Optimizer):
         for key, p in zip(ids, params, strict=True):
             if key in state_dict["state"]:
                 # From the original: the base class casts moments to the parameter's dtype.
-                self.state[p] = self._adopted(p, state_dict["state"][key])
+                self.load_parameter_state(p, state_dict["state"][key])
+        self._plan = None
+
+    def load_parameter_state(self, p: nn.Parameter, saved: Mapping[str, Any]) -> None:
+        """Sets one parameter's state from an entry of `state` or of `state_dict()["state"]`.
+
+        Args:
+            p: one of the optimizer's parameters.
+            saved: step and moments, as `self.state[p]` of any layout or torch's AdamW holds them.
+        """
+        self.state[p] = self._adopted(p, saved)
         self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_plan": None}
 
     def _portable(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        portable = {"step": state["step"].clone()}
+        portable = {"step": state["step"].float().clone()}
         for name in MOMENTS:
             value = state[name]
-            if self._options.layout == "8bit":
+            if f"{name}_exponent" in state:
                 codes, exponents = flat(value), state[f"{name}_exponent"]
                 decoded = decode_moment(codes, exponents, name == "exp_avg")
                 value = decoded.as_strided(value.shape, value.stride())
             portable[name] = value
         return portable
 
-    def _adopted(self, p: nn.Parameter, saved: dict[str, Any]) -> dict[str, Tensor]:
+    def _adopted(self, p: nn.Parameter, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         if "max_exp_avg_sq" in saved:
             raise ValueError("FusedAdam.load_state_dict: amsgrad is not supported; turn it off")
-        step = torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device, copy=True)
-        state = {"step": step, **new_moments(memory_of(p), self._options.layout)}
+        here = {key: torch.as_tensor(value).to(p.device) for key, value in saved.items()}
+        found = self._portable(here)
+        state = {"step": found["step"], **new_moments(memory_of(p), self._options.layout)}
         for name in MOMENTS:
-            value = saved[name].to(p.device)
+            value = found[name]
             if self._options.layout != "8bit":
                 state[name].copy_(value)
                 continue

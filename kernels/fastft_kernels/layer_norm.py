@@ -27,6 +27,7 @@ from fastft_kernels.device import (
     output_dtype,
     runs_triton,
 )
+from fastft_kernels.norm_formulas import plain_norm_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
     backward_schedule,
@@ -210,7 +211,9 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     added = rows if residual is None else as_rows(residual, columns)
     if not len(rows):
         return
-    schedule = forward_schedule(columns, element_bytes(x, residual), x.device)
+    wide = max(0 if t is None else t.element_size() for t in (weight, bias))
+    streams = element_bytes(x, residual)
+    schedule = forward_schedule(columns, len(rows), streams, wide, x.device)
     launch(
         _forward_kernel,
         (programs(schedule, len(rows), x.device),),
@@ -234,9 +237,8 @@ def _forward_cpu(x, residual, weight, bias, eps, out) -> None:
     if residual is not None:
         s.copy_(x.float() + residual.float())
         x = s
-    variance, average = torch.var_mean(x.float(), -1, correction=0)
-    mean.copy_(average.reshape(-1))
-    rstd.copy_((variance + eps).rsqrt().reshape(-1))
+    for kept, found in zip((mean, rstd), statistics(x.reshape(-1, x.shape[-1]), eps), strict=True):
+        kept.copy_(found)
     weight, bias = (t if t is None else t.float() for t in (weight, bias))
     y.copy_(F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps))
 
@@ -304,16 +306,9 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
 
 
 def _backward_cpu(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
-    dx, dweight, dbias = out
-    rows = dy.reshape(-1, s.shape[-1]).float()
-    h = (s.reshape(rows.shape).float() - mean[:, None]) * rstd[:, None]
-    c = rows if weight is None else rows * weight.float()
-    inner = c - c.mean(1, keepdim=True) - h * (c * h).mean(1, keepdim=True)
-    total = (inner * rstd[:, None]).reshape(s.shape)
-    dx.copy_(total if ds is None else total + ds.float())
-    if wants_sums:
-        dweight.copy_((rows * h).sum(0))
-        dbias.copy_(rows.sum(0))
+    found = plain_norm_backward(dy, ds, s, weight, mean, rstd)
+    for kept, value in zip(out, found if wants_sums else found[:1], strict=False):
+        kept.copy_(value)
 
 
 @torch.library.custom_op("fastft::layer_norm_backward", mutates_args=())
@@ -341,12 +336,13 @@ def _backward_fake(dy, ds, s, weight, mean, rstd, wants_sums):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, bias, _, _ = inputs
+    x, residual, weight, bias, eps, _ = inputs
     _, s, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, bias))
+    ctx.eps = eps
 
 
 def _autograd(ctx, dy, ds, _dmean, _drstd):
@@ -355,11 +351,16 @@ def _autograd(ctx, dy, ds, _dmean, _drstd):
     ds = None if residual_dtype is None else ds
     dy = torch.zeros_like(s) if dy is None else dy
     wants_weight, wants_bias = ctx.needs_input_grad[2:4]
-    dx, dweight, dbias = _backward(dy, ds, s, weight, mean, rstd, wants_weight or wants_bias)
+    if torch.is_grad_enabled():
+        # create_graph=True: plain torch, which autograd can differentiate again.
+        mean, rstd = statistics(s.reshape(-1, s.shape[-1]), ctx.eps)
+        dx, dweight, dbias = plain_norm_backward(dy, ds, s, weight, mean, rstd)
+    else:
+        dx, dweight, dbias = _backward(dy, ds, s, weight, mean, rstd, wants_weight or wants_bias)
     return (
         dx.to(x_dtype),
         None if residual_dtype is None else dx.to(residual_dtype),
-        dweight if wants_weight else None,
+        dweight.to(weight.dtype) if wants_weight else None,
         dbias.to(bias_dtype) if wants_bias else None,
         None,
         None,

@@ -34,18 +34,32 @@ def _stages(wanted: int, tile_elements: int, bytes_each: int, device: torch.devi
     return max(1, min(wanted, fitting))
 
 
-def forward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
-    """Short rows: a program per small tile. Long ones: persistent, with prefetch.
+def forward_schedule(
+    columns: int, rows: int, bytes_each: int, weight_bytes: int, device: torch.device
+) -> Schedule:
+    """A program per tile; persistent programs for long rows with float32 weights.
 
-    Weight and bias in float32 are twice the bytes of a bf16 row, from the L2 cache: a program must
-    use them for two rows at least, which beyond 4,096 columns only fit one after the other. Small
-    tiles cost nothing at 2^28 elements, and a micro-batch of 4,096 rows needs them to fill the GPU.
+    A float32 weight and bias are twice the bytes of a bf16 row, from the L2 cache: a program must
+    use them for two rows at least, which beyond 4,096 columns only fit one after the other. A
+    micro-batch needs small tiles to fill the GPU, and few warps per tile to start quickly.
+
+    Args:
+        bytes_each: from `element_bytes`.
+        weight_bytes: per element of the wider of weight and bias, 0 without them.
     """
     block = next_power_of_2(columns)
+    if block <= 1024 and rows * block >= 16 * multiprocessors(device) * 8192:
+        return Schedule(rows=8192 // block, warps=8)
+    if weight_bytes <= 2:
+        tile, warps = max(4096, block), max(8, block // 1024)
+        if block <= 1024:
+            tile, warps = max(1024, 2 * block), 2
+        return Schedule(rows=tile // block, warps=warps)
     if block <= 4096:
-        return Schedule(rows=max(2, 2048 // block), warps=8 if block == 4096 else 4)
-    warps, stages = min(32, block // 512), _stages(3, block, bytes_each, device)
-    return Schedule(rows=1, warps=warps, stages=stages, programs_per_sm=max(1, 32 // warps))
+        tile = max(4096, 2 * block)
+        return Schedule(rows=tile // block, warps=tile // 1024)
+    stages = _stages(3, block, bytes_each, device)
+    return Schedule(rows=1, warps=max(8, block // 1024), stages=stages, programs_per_sm=16)
 
 
 def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:

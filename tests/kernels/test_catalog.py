@@ -56,6 +56,21 @@ def test_one_graph_with_gradients(case: OpCase, device):
 
 
 @by_name
+def test_second_derivatives(case: OpCase, device):
+    """A loss on gradients, as forces need: create_graph=True through every op."""
+    inputs = [x.detach() for x in case.make_inputs((2, 3, 40), torch.float32, device)]
+    found = {}
+    for function, dtype in ((case.op, torch.float32), (case.reference, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        total = torch.stack([y.sin().sum() for y in as_tuple(function(*leaves))]).sum()
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        loss = torch.stack([g.square().sum() for g in grads]).sum()
+        found[dtype] = torch.autograd.grad(loss, leaves)
+    for got, want in zip(found[torch.float32], found[torch.float64], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@by_name
 def test_non_contiguous_rows_and_no_rows(case: OpCase, device):
     inputs = case.make_inputs((2, 3, 40), torch.float32, device)
     spread = [torch.stack([x.detach(), -x.detach()], -1)[..., 0] for x in inputs]

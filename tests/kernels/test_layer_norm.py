@@ -102,3 +102,14 @@ def test_refusals(device):
         residual_layer_norm(x, x[:1])
     with pytest.raises(ValueError, match="scale and shift"):
         adaptive_layer_norm(x, x[0], x[0])
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [40, 700, 1500, 3000])
+def test_every_schedule_agrees(columns, weights, device, monkeypatch):
+    x = torch.randn(37, columns, device=device).bfloat16()
+    w, b = (torch.randn(columns, device=device, dtype=weights) for _ in range(2))
+    small = layer_norm(x, w, b)
+    # Any number of rows is many for a GPU without multiprocessors.
+    monkeypatch.setattr("fastft_kernels.row_schedule.multiprocessors", lambda device: 0)
+    torch.testing.assert_close(layer_norm(x, w, b), small)

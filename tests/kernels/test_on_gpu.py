@@ -12,12 +12,14 @@ by_name = pytest.mark.parametrize("case", CATALOG, ids=lambda case: case.name)
 
 @by_name
 @pytest.mark.parametrize(
-    ("columns", "dtype"),
-    [(n, torch.bfloat16) for n in (512, 1024, 2048, 4096, 5000, 8192, 16384)]
-    + [(n, torch.float32) for n in (3000, 8192, 16384)],
+    ("rows", "columns", "dtype"),
+    [(301, n, torch.bfloat16) for n in (512, 1024, 2048, 4096, 5000, 8192, 16384)]
+    + [(301, n, torch.float32) for n in (3000, 8192, 16384)]
+    # Enough rows for the schedule of large problems.
+    + [(20_001, 513, torch.bfloat16), (40_001, 384, torch.float32)],
 )
-def test_wide_rows_against_float64(case: OpCase, columns, dtype, device):
-    inputs = case.make_inputs((2, 301, columns), dtype, device)
+def test_wide_and_many_rows_against_float64(case: OpCase, rows, columns, dtype, device):
+    inputs = case.make_inputs((2, rows, columns), dtype, device)
     grads = [torch.randn_like(y) for y in as_tuple(case.op(*inputs))]
     doubles = [x.detach().double() for x in inputs]
     truths = values_and_grads(case.reference, doubles, [g.double() for g in grads])

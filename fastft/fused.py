@@ -1,0 +1,88 @@
+"""Which of fastft's kernels a run uses, and why not the others.
+
+They are the default on a GPU. Elsewhere torch's own optimizers and norms run, except for what torch
+does not have (moments in fewer bits, ZClip), which the kernels' plain-torch paths compute.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from fastft_kernels import use_fused_layer_norm
+from fastft_kernels.device import FLOAT_DTYPES
+from torch import nn
+
+from fastft.config import RunConfig
+from fastft.errors import ConfigError
+from fastft.task import Task
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The choice for one run.
+
+    Attributes:
+        adam: update with `FusedAdam` instead of torch's optimizer.
+        norm: measure gradients with `GradientNorm` instead of torch's foreach norms.
+        notes: what a user would expect to be used and is not, with the reason.
+    """
+
+    adam: bool = False
+    norm: bool = False
+    notes: tuple[str, ...] = ()
+
+
+TORCH_ONLY = Kernels()
+
+
+def choose_kernels(
+    config: RunConfig, parameters: Iterable[nn.Parameter], device: torch.device
+) -> Kernels:
+    """Adam and gradient norm: on a GPU wherever they can, elsewhere only where torch cannot.
+
+    Raises:
+        ConfigError: a setting needs a kernel that cannot take these parameters.
+    """
+    is_adam = config.optim.name in ("adam", "adamw")
+    needs = {
+        f"optim.moments: '{config.optim.moments}'": config.optim.moments != "fp32",
+        "gradients.zclip:": config.gradients.zclip is not None,
+    }
+    needs_adam, needs_norm = needs.values()
+    wanted = config.step.kernels == "auto" and device.type == "cuda"
+    reason = _obstacle(parameters)
+    if reason is None:
+        return Kernels(adam=is_adam and (wanted or needs_adam), norm=wanted or needs_norm)
+    problems = [
+        f"{setting} needs parameters that fastft's kernels take; {reason}; drop the setting"
+        for setting, needed in needs.items()
+        if needed
+    ]
+    if problems:
+        raise ConfigError(problems)
+    notes = (f"optimizer and gradient norm: torch's own, because {reason}",) if wanted else ()
+    return Kernels(notes=notes)
+
+
+def _obstacle(parameters: Iterable[nn.Parameter]) -> str | None:
+    for parameter in parameters:
+        if hasattr(parameter, "to_local"):
+            return "some are sharded"
+        if parameter.dtype not in FLOAT_DTYPES:
+            return f"some are {str(parameter.dtype).removeprefix('torch.')}"
+    return None
+
+
+def fuse_layer_norms(task: Task, config: RunConfig, device: torch.device) -> str | None:
+    """Swaps in the fused layer norm as `step.layer_norm` says; returns what to tell the user.
+
+    'auto' swaps on a GPU where the model is not compiled. In a compiled block Inductor fuses a norm
+    with its neighbours, which saves more than a faster norm does (benchmarks/LOG.md).
+    """
+    mode = config.step.layer_norm
+    if mode == "auto":
+        mode = "fused" if device.type == "cuda" and config.step.compile == "off" else "torch"
+    if mode == "torch":
+        return None
+    report = use_fused_layer_norm(task.model, alike=tuple(task.layer_norms))
+    return str(report) if report.swapped or report.kept else None
