@@ -1,0 +1,222 @@
+"""Whole training steps: fastft beside plain PyTorch and torch.compile, in one process.
+
+Usage: python -m benchmarks.end_to_end vit|gpt OUT.jsonl [--steps 200]
+
+Every runner starts from the same weights and sees the same batches with the same AdamW groups,
+bf16 autocast and clipping. First each takes its steps, which gives the loss curves and the memory;
+then all are timed in turns, so that a card that warms up or slows down does so for everyone. The
+noise of a curve is that of the eager runner with another seed for weights and data.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.layers.norm import LayerNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.models import Decoder, markov_tokens, prototype_images
+from fastft.config import GradientsConfig, OptimConfig, RunConfig, ScheduleConfig
+from fastft.fused import choose_kernels, fuse_layer_norms
+from fastft.optim import Optimizer, make_groups
+from fastft.runfile import parse
+from fastft.runtime import environment
+from fastft.step import TrainingStep, compile_task, make_precision
+from fastft.task import Batch, Loss, Task, repeated_blocks
+
+DEVICE = torch.device("cuda", 0)
+OPTIM = OptimConfig(lr=1e-4, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
+CLIP = 1.0
+POOL, WINDOW = 20, 10
+ROUNDS, STEPS_PER_ROUND = 4, 10
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batches."""
+
+    make_model: Callable[[], nn.Module]
+    make_batches: Callable[[int], list[Pair]]
+    tokens_per_step: int
+
+
+CASES = {
+    "vit": Case(
+        lambda: timm.create_model("vit_base_patch16_224", num_classes=100),
+        lambda seed: prototype_images(POOL, 128, 100, DEVICE, seed),
+        128 * 197,
+    ),
+    "gpt": Case(
+        lambda: Decoder(width=3200, layers=4, heads=25, vocabulary=512, length=1024),
+        lambda seed: markov_tokens(POOL, 4, 1024, 512, DEVICE, seed),
+        4 * 1024,
+    ),
+}
+
+
+def make_task(case: Case, seed: int) -> Task:
+    """The model on the device, weights drawn from the seed."""
+    torch.manual_seed(seed)
+    with torch.device(DEVICE):
+        model = case.make_model()
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        logits = model(batch["inputs"])
+        return Loss(F.cross_entropy(logits.flatten(0, -2), batch["targets"].flatten()), {})
+
+    return Task(model, loss, repeated_blocks(model), layer_norms=(LayerNorm,))
+
+
+def plain_step(task: Task, compiled: bool) -> Callable[[int, Pair], Tensor]:
+    """What a user writes: autocast, fused AdamW, clip_grad_norm_."""
+    groups = [
+        {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
+        for group in make_groups(task, OPTIM, {})
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, fused=True)
+    parameters = [p for group in groups for p in group["params"]]
+
+    def forward(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = task.model(inputs)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    run = torch.compile(forward) if compiled else forward
+
+    def step(index: int, pair: Pair) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = run(*pair)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def fastft_step(task: Task, compiled: str, layer_norm: str) -> Callable[[int, Pair], Tensor]:
+    """The trainer's own step, put together as `fastft train` does it."""
+    tree: dict[str, Any] = {
+        "run": {"folder": "none", "steps": 10_000},
+        "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
+        "data": {"train": [{"path": "none"}], "batch_size": 1},
+        "optim": {"lr": OPTIM.lr},
+        "step": {"compile": compiled, "layer_norm": layer_norm},
+    }
+    config = replace(
+        parse(RunConfig, tree, where="benchmark"),
+        optim=OPTIM,
+        gradients=GradientsConfig(clip_norm=CLIP),
+    )
+    fuse_layer_norms(task, config, DEVICE)
+    precision = make_precision("bf16", DEVICE)
+    compile_task(task, compiled, precision)
+    kernels = choose_kernels(config, task.model.parameters(), DEVICE)
+    optimizer = Optimizer(make_groups(task, OPTIM, {}), OPTIM, config.run.steps, kernels)
+    step = TrainingStep(task, optimizer, None, config.gradients, precision, kernels)
+
+    def run(index: int, pair: Pair) -> Tensor:
+        data = {"inputs": pair[0], "targets": pair[1]}
+        return step(index, [Batch(data, len(pair[0]))]).loss
+
+    return run
+
+
+def runners() -> Iterator[tuple[str, int, Callable[[Task], Callable[[int, Pair], Tensor]]]]:
+    """(name, seed, task -> step)."""
+    yield "eager", 0, lambda task: plain_step(task, compiled=False)
+    yield "eager, other seed", 1, lambda task: plain_step(task, compiled=False)
+    yield "compile", 0, lambda task: plain_step(task, compiled=True)
+    yield "fastft, compile off", 0, lambda task: fastft_step(task, "off", "auto")
+    yield "fastft, compile model", 0, lambda task: fastft_step(task, "model", "auto")
+    yield "fastft, compile blocks", 0, lambda task: fastft_step(task, "blocks", "auto")
+    yield "fastft, blocks, fused norm", 0, lambda task: fastft_step(task, "blocks", "fused")
+
+
+def main() -> None:
+    """Curves and memory, then times in turns."""
+    parser = argparse.ArgumentParser(description="Whole training steps beside their peers.")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    case = CASES[arguments.case]
+    batches = {seed: case.make_batches(seed) for seed in (0, 1)}
+    steps: dict[str, Callable[[int], Tensor]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, seed, make in runners():
+        torch._dynamo.reset()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step = make(make_task(case, seed))
+
+        def numbered(i: int, step: Any = step, pool: list[Pair] = batches[seed]) -> Tensor:
+            return step(i, pool[i % POOL])
+
+        losses = torch.stack([numbered(i) for i in range(arguments.steps)])
+        rows[name] = {
+            "benchmark": "end_to_end",
+            "case": arguments.case,
+            "runner": name,
+            "peak_gib": round((torch.cuda.max_memory_allocated() - before) / 2**30, 2),
+            "losses": [round(value, 4) for value in losses.tolist()],
+        }
+        steps[name] = numbered
+        print(name, rows[name]["peak_gib"], losses[::20].tolist(), flush=True)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(ROUNDS):
+        for name, step in steps.items():
+            times[name] += _timed(step, arguments.steps + number * STEPS_PER_ROUND)
+    _report(rows, times, case, arguments.out)
+
+
+def _timed(step: Callable[[int], Tensor], first: int) -> list[float]:
+    """Milliseconds of each step of a round, after one that is not counted."""
+    step(first)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS_PER_ROUND + 1)]
+    marks[0].record()
+    for i in range(STEPS_PER_ROUND):
+        step(first + i)
+        marks[i + 1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def _gap(a: list[float], b: list[float]) -> float:
+    """The largest difference of two curves, each averaged over windows."""
+    windows = range(0, len(a) - WINDOW + 1, WINDOW)
+    return max(abs(sum(a[i : i + WINDOW]) - sum(b[i : i + WINDOW])) / WINDOW for i in windows)
+
+
+def _report(rows: dict, times: dict[str, list[float]], case: Case, out: Path) -> None:
+    machine, now = environment(DEVICE), datetime.datetime.now(datetime.UTC)
+    table = Table(title=f"{rows['eager']['case']} on {machine['device']['name']}")
+    for column in ("runner", "ms", "tokens/s", "peak GiB", "last loss", "gap to eager"):
+        table.add_column(column)
+    with out.open("a") as lines:
+        for name, row in rows.items():
+            row["step_ms"] = round(statistics.median(times[name]), 3)
+            row["tokens_per_second"] = round(1e3 * case.tokens_per_step / row["step_ms"])
+            row["gap_to_eager"] = round(_gap(row["losses"], rows["eager"]["losses"]), 4)
+            last = statistics.mean(row["losses"][-WINDOW:])
+            shown = (row["step_ms"], row["tokens_per_second"], row["peak_gib"], round(last, 4))
+            table.add_row(name, *map(str, shown), str(row["gap_to_eager"]))
+            stamp = {"time": now.isoformat(timespec="seconds"), "machine": machine}
+            lines.write(json.dumps({**row, **stamp}) + "\n")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
