@@ -8,6 +8,7 @@ the same steps on the same data. Waits are counted in a profile of the steps bet
 """
 
 import argparse
+import dataclasses
 import datetime
 import io
 import itertools
@@ -25,6 +26,7 @@ from fastft.assemble import assemble
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
+from fastft.fused import choose_kernels, fuse_layer_norms
 from fastft.optim import Optimizer, make_groups
 from fastft.runfile import parse
 from fastft.runtime import environment, seed_everything
@@ -58,14 +60,19 @@ def make_config(folder: Path) -> RunConfig:
 def build_step(config: RunConfig, precision: str, mode: str) -> tuple[TrainingStep, list[Batch]]:
     """The step, and the batches of the first four steps on the device."""
     seed_everything(0)
+    # What is compiled decides which layer norm runs.
+    config = dataclasses.replace(config, step=dataclasses.replace(config.step, compile=mode))
     task, adapter = assemble(config, DEVICE, Console(file=io.StringIO()))
-    optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, config.run.steps)
+    kernels = choose_kernels(config, task.model.parameters(), DEVICE)
+    groups = make_groups(task, config.optim, {})
+    optimizer = Optimizer(groups, config.optim, config.run.steps, kernels)
     resolved = make_precision(precision, DEVICE)
+    fuse_layer_norms(task, config, DEVICE)
     compile_task(task, mode, resolved)
     set_train_mode(task.model, "full")
     with open_loader(adapter, config.data, seed=0, device=DEVICE) as loader:
         batches = [batch.to(DEVICE) for batch, _ in zip(loader.batches(), range(4), strict=False)]
-    return TrainingStep(task, optimizer, None, config.gradients, resolved), batches
+    return TrainingStep(task, optimizer, None, config.gradients, resolved, kernels), batches
 
 
 def measure(config: RunConfig, precision: str, mode: str) -> dict[str, object]:

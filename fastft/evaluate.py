@@ -21,6 +21,7 @@ from fastft.checkpoint import (
 from fastft.config import FinetuneConfig, RunConfig
 from fastft.errors import CheckpointError, ConfigError
 from fastft.finetune import merge_lora
+from fastft.fused import fuse_layer_norms
 from fastft.loop import score
 from fastft.metrics import make_metrics
 from fastft.names import load_state_dict
@@ -47,6 +48,7 @@ def evaluate(
         raise ConfigError(
             f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
         )
+    fuse_layer_norms(task, config, device)
     precision = make_precision(config.step.precision, device)
     compile_task(task, config.step.compile, precision)
     metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, device)}

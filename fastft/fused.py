@@ -85,4 +85,5 @@ def fuse_layer_norms(task: Task, config: RunConfig, device: torch.device) -> str
     if mode == "torch":
         return None
     report = use_fused_layer_norm(task.model, alike=tuple(task.layer_norms))
-    return str(report) if report.swapped or report.kept else None
+    wanted = config.step.layer_norm == "fused"
+    return str(report) if wanted or report.swapped or report.kept else None

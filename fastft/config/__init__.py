@@ -93,14 +93,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses settings of different sections that exclude each other."""
-        if self.step.kernels == "off" and self.optim.moments != "fp32":
+        needs = {
+            f"optim.moments = '{self.optim.moments}'": self.optim.moments != "fp32",
+            "gradients.zclip": self.gradients.zclip is not None,
+        }
+        needing = " and ".join(setting for setting, is_set in needs.items() if is_set)
+        if self.step.kernels == "off" and needing:
             raise ValueError(
-                f"optim.moments: '{self.optim.moments}' needs step.kernels = 'auto'; got 'off';"
-                " drop one of them"
-            )
-        if self.step.kernels == "off" and self.gradients.zclip is not None:
-            raise ValueError(
-                "gradients.zclip: needs step.kernels = 'auto'; got 'off'; drop one of them"
+                f"step.kernels: must be 'auto' for {needing}; got 'off'; drop one of them"
             )
         warmup = self.optim.schedule.warmup_steps
         if warmup >= self.run.steps:

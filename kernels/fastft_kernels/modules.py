@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastft_kernels.device import FLOAT_DTYPES, MAX_COLUMNS
 from fastft_kernels.layer_norm import layer_norm
@@ -12,7 +14,12 @@ class FusedLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` with the same parameters and state dict, computed by `layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., *normalized_shape]` in, the same shape out."""
+        """`[..., *normalized_shape]` in, the same shape out.
+
+        float64 and torch.func transforms, which the op does not know, go through torch's norm.
+        """
+        if input.dtype not in FLOAT_DTYPES or _transformed():
+            return super().forward(input)
         flat = input.flatten(-len(self.normalized_shape)) if self.many else input
         weight, bias = self.weight, self.bias
         if self.many:
@@ -23,6 +30,14 @@ class FusedLayerNorm(nn.LayerNorm):
     def many(self) -> bool:
         """True when the norm spans several dimensions."""
         return len(self.normalized_shape) > 1
+
+
+def _transformed() -> bool:
+    """Whether forward-mode derivatives or a torch.func transform are being taken."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """A tiny project: data, a user's model and a run file, in the folder that a test runs in."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from fastft_kernels.device import interpret_on_cpu
 
 from fastft.cli import main
 
@@ -110,3 +112,14 @@ def fastft(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(params=["plain torch", "interpreter"])
+def kernel_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways in which fastft's kernels compute on a CPU, one after the other."""
+    interpreted = request.param == "interpreter"
+    if interpreted and torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    interpret_on_cpu(interpreted)
+    yield
+    interpret_on_cpu(False)

@@ -251,19 +251,31 @@ def open_with_timm(path: str = "") -> torch.nn.Module:
     return timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **arguments).eval()
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_timm_opens_what_was_exported(averaged: bool, fastft: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("added", [(), ("ema.decay=0.5",), ("step.layer_norm=fused",)], ids=str)
+def test_timm_opens_what_was_exported(added: tuple[str, ...], fastft: Callable[..., Any]) -> None:
     write_images()
-    settings = (*TIMM, "ema.decay=0.5") if averaged else TIMM
-    assert fastft("train", "run.toml", *settings).code == 0
+    settings = (*TIMM, *added)
+    trained = fastft("train", "run.toml", *settings)
+    assert (trained.code, trained.errors) == (0, "")
+    said = "fused layer norm: 5 swapped, 0 kept" in trained.output.splitlines()
+    assert said == ("step.layer_norm=fused" in added)
     assert fastft("export", "run.toml", *settings, "--to", "out.safetensors").code == 0
 
     expected = open_with_timm()
-    saved = LAST / ("ema.safetensors" if averaged else "model.safetensors")
+    saved = LAST / ("ema.safetensors" if "ema.decay=0.5" in added else "model.safetensors")
     expected.load_state_dict(safetensors.torch.load_file(saved))
     images = torch.from_numpy(np.load("images.npz")["inputs"])
     with torch.no_grad():
         assert torch.equal(open_with_timm("out.safetensors")(images), expected(images))
+
+
+def test_evaluate_computes_as_training_did(fastft: Callable[..., Any]) -> None:
+    write_images()
+    settings = (*TIMM, "step.layer_norm=fused")
+    assert fastft("train", "run.toml", *settings).code == 0
+    assert fastft("evaluate", "run.toml", *settings).code == 0
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert evaluation()["loss"] == records[-1]["validation/loss"]
 
 
 def test_low_rank_updates_are_merged_into_the_export(fastft: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from fastft.assemble import assemble
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
+from fastft.fused import choose_kernels, fuse_layer_norms
 from fastft.optim import Optimizer, make_groups
 from fastft.runfile import parse
 from fastft.step import Ema, TrainingStep, compile_task, make_precision
@@ -89,11 +90,14 @@ def losses(config: RunConfig, steps: int) -> list[float]:
 def build(config: RunConfig):
     task, adapter = assemble(config, CUDA, Console(file=io.StringIO()))
     loader = open_loader(adapter, config.data, seed=0, device=CUDA)
-    optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, config.run.steps)
+    fuse_layer_norms(task, config, CUDA)
+    groups = make_groups(task, config.optim, {})
+    kernels = choose_kernels(config, task.model.parameters(), CUDA)
+    optimizer = Optimizer(groups, config.optim, config.run.steps, kernels)
     precision = make_precision(config.step.precision, CUDA)
     compile_task(task, config.step.compile, precision)
     set_train_mode(task.model, "full")
-    step = TrainingStep(task, optimizer, None, config.gradients, precision)
+    step = TrainingStep(task, optimizer, None, config.gradients, precision, kernels)
     return step, iter(loader.batches()), Ema(optimizer.parameters, 0.99)
 
 
@@ -103,6 +107,25 @@ def test_low_precision_follows_fp32(textures: Path, tmp_path: Path, precision: s
     low = make_config(textures, tmp_path, step={"precision": precision}, data={"workers": 0})
     for a, b in zip(losses(config, 10), losses(low, 10), strict=True):
         assert math.isclose(a, b, rel_tol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs"),
+    [({"kernels": "auto"}, {"kernels": "off"}), ({"layer_norm": "fused"}, {"layer_norm": "torch"})],
+    ids=str,
+)
+def test_kernels_follow_torch(textures: Path, tmp_path: Path, ours: dict, torchs: dict) -> None:
+    runs = [
+        losses(
+            make_config(
+                textures, tmp_path, step={"precision": "bf16", **step}, data={"workers": 0}
+            ),
+            10,
+        )
+        for step in (ours, torchs)
+    ]
+    for a, b in zip(*runs, strict=True):
+        assert math.isclose(a, b, rel_tol=0.01)
 
 
 @contextlib.contextmanager
@@ -118,19 +141,24 @@ def waiting_forbidden() -> Iterator[None]:
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("compile_mode", ["off", "blocks"])
-def test_no_step_waits_for_the_device(
-    textures: Path, tmp_path: Path, name: str, precision: str, compile_mode: str
-) -> None:
-    config = make_config(
-        textures,
-        tmp_path,
-        step={"precision": precision, "compile": compile_mode},
-        optim={"lr": 1e-3, "name": name},
-    )
-    step, batches, ema = build(config)
+ZCLIP = {"zclip": {"warmup_steps": 2}}
+# Every optimizer in every mode; then what is no default, once each.
+STEPS = [
+    {"optim": {"name": name}, "step": {"precision": precision, "compile": mode}}
+    for name in ("adamw", "adam", "sgd", "rmsprop")
+    for precision in ("bf16", "fp16")
+    for mode in ("off", "blocks")
+] + [
+    {"step": {"kernels": "off", "layer_norm": "torch"}},
+    {"optim": {"moments": "bf16"}, "gradients": ZCLIP},
+    {"optim": {"moments": "8bit"}, "gradients": ZCLIP, "step": {"precision": "fp16"}},
+    {"optim": {"moments": "8bit"}, "step": {"compile": "blocks", "layer_norm": "fused"}},
+]
+
+
+@pytest.mark.parametrize("sections", STEPS, ids=str)
+def test_no_step_waits_for_the_device(textures: Path, tmp_path: Path, sections: dict) -> None:
+    step, batches, ema = build(make_config(textures, tmp_path, **sections))
     for i in range(3):
         step(i, [next(batches).to(CUDA)])
     torch.cuda.synchronize()

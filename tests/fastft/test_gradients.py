@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from fastft.config import GradientsConfig
+from fastft.config import GradientsConfig, ZClipConfig
 from fastft.gradients import GradientGuard
 
 CPU = torch.device("cpu")
 
 
-def make_guard(*, scaled: bool = False, **settings) -> GradientGuard:
-    return GradientGuard(["a", "b", "c"], GradientsConfig(**settings), CPU, scaled=scaled)
+def make_guard(*, scaled: bool = False, fused: bool = False, **settings) -> GradientGuard:
+    config = GradientsConfig(**settings)
+    return GradientGuard(["a", "b", "c"], config, CPU, scaled=scaled, fused=fused)
 
 
 def gradients(*values: float) -> list[torch.Tensor | None]:
@@ -111,3 +112,79 @@ def test_state_round_trip() -> None:
     assert {k: v.item() for k, v in guard.state_dict().items()} == {
         k: v.item() for k, v in other.state_dict().items()
     }
+
+
+SERIES = (3.0, 4.5, 0.1, math.nan, 5.0, math.inf, math.nan, math.nan, 2.0, 1.0)
+
+
+@pytest.mark.usefixtures("kernel_path")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip_norm": 2.0},
+        {"clip_norm": 2.0, "scaled": True},
+        {"clip_norm": 2.0, "explode_norm": 4.9},
+        {"explode_norm": 4.9, "on_explode": "warn", "on_nonfinite": "warn"},
+        {"stop_after": 2},
+    ],
+    ids=str,
+)
+def test_fastfts_norm_gives_the_same_verdicts(settings) -> None:
+    plain, fused = make_guard(**settings), make_guard(fused=True, **settings)
+    for value in SERIES:
+        scale = plain.scale.item()
+        found = gradients(value * scale, 1.5 * scale)
+        one, other = plain.inspect(found), fused.inspect(found)
+        torch.testing.assert_close(one.norm, other.norm, equal_nan=True)
+        torch.testing.assert_close(one.tensor_norms, other.tensor_norms, equal_nan=True)
+        assert one.skip.item() == other.skip.item()
+        if math.isfinite(value):
+            torch.testing.assert_close(one.divisor, other.divisor)
+        assert fused.state_dict() == plain.state_dict()
+    assert fused.take_bad_names() == plain.take_bad_names() == ["a"]
+
+
+ZCLIP = {"zclip": ZClipConfig(warmup_steps=5), "fused": True}
+
+
+@pytest.mark.usefixtures("kernel_path")
+def test_zclip_clips_an_outlier_once_it_has_seen_enough() -> None:
+    guard = make_guard(**ZCLIP)
+    usual = (1.0, 1.2, 0.9, 1.1, 1.0)
+    # The outlier within the warm-up of another guard goes through as it is.
+    assert make_guard(**ZCLIP).inspect(gradients(10.0, 0.0)).divisor.item() == 1.0
+    for value in usual:
+        assert guard.inspect(gradients(value, 0.0)).divisor.item() == 1.0
+    verdict = guard.inspect(gradients(10.0, 0.0))
+    assert verdict.norm.item() == pytest.approx(10.0)
+    # z_limit^2 / z deviations above the mean, after the paper.
+    mean = sum(usual) / 5
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in usual) / 5)
+    threshold = mean + 2.5**2 / ((10.0 - mean) / deviation) * deviation
+    assert verdict.divisor.item() == pytest.approx(10.0 / threshold, rel=1e-4)
+    assert verdict.skip.item() == 0.0
+
+
+@pytest.mark.usefixtures("kernel_path")
+def test_zclip_remembers_past_norms_through_a_round_trip() -> None:
+    guard, other, fresh = (make_guard(**ZCLIP) for _ in range(3))
+    for value in (1.0, 1.2, 0.9, math.nan, 1.1, 1.0):
+        guard.inspect(gradients(value, 0.0))
+    other.load_state_dict({name: value.clone() for name, value in guard.state_dict().items()})
+    for value in (10.0, 1.3, 4.0):
+        a, b, c = (g.inspect(gradients(value, 0.0)) for g in (guard, other, fresh))
+        assert torch.equal(a.divisor, b.divisor)
+        assert c.divisor.item() == 1.0
+    assert {k: v.tolist() for k, v in guard.state_dict().items()} == {
+        k: v.tolist() for k, v in other.state_dict().items()
+    }
+
+
+@pytest.mark.usefixtures("kernel_path")
+def test_of_zclip_and_clip_norm_the_lower_threshold_counts() -> None:
+    guard = make_guard(clip_norm=1.05, **ZCLIP)
+    for value in (1.0, 1.2, 0.9, 1.1, 1.0):
+        divisor = guard.inspect(gradients(value, 0.0)).divisor.item()
+        assert divisor == pytest.approx(max(1.0, value / 1.05), rel=1e-4)
+    assert guard.inspect(gradients(10.0, 0.0)).divisor.item() > 1.01 * 10.0 / 1.05

@@ -1,7 +1,10 @@
 """Groups, schedules and updates of the optimizer."""
 
+import copy
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 from fastft.config import OptimConfig, ParameterRule, ScheduleConfig
 from fastft.errors import CheckpointError, ConfigError
+from fastft.fused import TORCH_ONLY, Kernels
 from fastft.optim import Optimizer, layers_from_blocks, make_groups, schedule_factor
 from fastft.task import Batch, Block, Loss, Task
 
@@ -131,16 +135,27 @@ def backward(task: Task, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-NAMES = ("adamw", "adam", "sgd", "rmsprop")
+FUSED = Kernels(adam=True)
+# Name, whose, and how fastft's keeps its moments.
+OPTIMIZERS = [
+    *((name, TORCH_ONLY, "fp32") for name in ("adamw", "adam", "sgd", "rmsprop")),
+    *(("adamw", FUSED, moments) for moments in ("fp32", "bf16", "8bit")),
+    ("adam", FUSED, "fp32"),
+]
+EXACT = [optimizer for optimizer in OPTIMIZERS if optimizer[2] == "fp32"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_updates_equal_torch_and_the_divisor_divides(name) -> None:
+def label(value: object) -> str:
+    return ("fastft" if value.adam else "torch") if isinstance(value, Kernels) else str(value)
+
+
+@pytest.mark.parametrize(("name", "kernels", "moments"), EXACT, ids=label)
+def test_updates_equal_torch_and_the_divisor_divides(name, kernels, moments) -> None:
     ours, theirs = make_task(), make_task()
     config = OptimConfig(
         lr=0.01, name=name, weight_decay=0.1, schedule=ScheduleConfig(name="constant")
     )
-    optimizer = Optimizer(make_groups(ours, config, {}), config, total_steps=5)
+    optimizer = Optimizer(make_groups(ours, config, {}), config, 5, kernels)
     decayed = [p for p in theirs.model.parameters() if p.ndim > 1]
     plain = [p for p in theirs.model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -162,18 +177,17 @@ def test_updates_equal_torch_and_the_divisor_divides(name) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kernels", "moments"), OPTIMIZERS, ids=label)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_skipped_update_changes_nothing(name, first: bool) -> None:
+def test_a_skipped_update_changes_nothing(name, kernels, moments, first: bool) -> None:
     """As if the step had not been: the following updates equal those of a run without it."""
     skipping, plain = make_task(), make_task()
-    config = OptimConfig(
-        lr=0.01, name=name, weight_decay=0.1, schedule=ScheduleConfig(name="constant")
-    )
+    schedule = ScheduleConfig(name="constant")
+    config = OptimConfig(lr=0.01, name=name, weight_decay=0.1, moments=moments, schedule=schedule)
     one = torch.tensor(1.0)
     results = []
     for task, bad_step in ((skipping, 0 if first else 2), (plain, None)):
-        optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=9)
+        optimizer = Optimizer(make_groups(task, config, {}), config, 9, kernels)
         for step in range(4):
             if step == bad_step:
                 before = [p.detach().clone() for p in task.model.parameters()]
@@ -191,21 +205,23 @@ def test_a_skipped_update_changes_nothing(name, first: bool) -> None:
         assert torch.equal(a, b)
 
 
-def test_state_round_trip_goes_on_bitwise() -> None:
-    config = OptimConfig(lr=0.01, weight_decay=0.1)
+def copy_state(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    return copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("name", "kernels", "moments"), OPTIMIZERS, ids=label)
+def test_state_round_trip_goes_on_bitwise(name, kernels, moments) -> None:
+    config = OptimConfig(lr=0.01, name=name, weight_decay=0.1, moments=moments)
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
     task = make_task()
-    optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=9)
+    optimizer = Optimizer(make_groups(task, config, {}), config, 9, kernels, seed=3)
     for step in range(3):
         backward(task, step)
         optimizer.update(step, one, zero)
     other = make_task()
     other.model.load_state_dict(task.model.state_dict())
-    resumed = Optimizer(make_groups(other, config, {}), config, total_steps=9)
-    state = {
-        name: {k: v.clone() for k, v in s.items()} for name, s in optimizer.state_dict().items()
-    }
-    resumed.load_state_dict(state)
+    resumed = Optimizer(make_groups(other, config, {}), config, 9, kernels, seed=3)
+    resumed.load_state_dict(copy_state(optimizer))
     for step in range(3, 6):
         for run, opt in ((task, optimizer), (other, resumed)):
             backward(run, step)
@@ -221,3 +237,109 @@ def test_state_of_other_parameters_is_refused() -> None:
     task.model.stem.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"2 differ, the first is 'stem\.bias'"):
         Optimizer(make_groups(task, config, {}), config, 9).load_state_dict(state)
+
+
+def train_pair(pair, steps: range, absent: Mapping[str, int] | None = None) -> None:
+    """The same gradients, four times too large, to several optimizers; step 2 is skipped.
+
+    Args:
+        pair: (task, optimizer) each.
+        absent: name in the model and the step from which it has gradients.
+    """
+    for step in steps:
+        for task, optimizer in pair:
+            backward(task, step)
+            for name, parameter in task.model.named_parameters():
+                parameter.grad = None if step < (absent or {}).get(name, 0) else parameter.grad * 4
+            optimizer.update(step, torch.tensor(4.0), torch.tensor(float(step == 2)))
+
+
+def make_pair(config: OptimConfig, *kernels: Kernels) -> list[tuple[Task, Optimizer]]:
+    tasks = [make_task() for _ in kernels]
+    return [
+        (task, Optimizer(make_groups(task, config, {}), config, 8, kind))
+        for task, kind in zip(tasks, kernels, strict=True)
+    ]
+
+
+def assert_close(one: Task, other: Task) -> None:
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+GROUPS = OptimConfig(
+    lr=0.01,
+    weight_decay=0.1,
+    groups=(ParameterRule(match=("head.*",), lr=0.03, weight_decay=0.0, betas=(0.8, 0.9)),),
+    schedule=ScheduleConfig(name="cosine", warmup_steps=2),
+)
+
+
+@pytest.mark.usefixtures("kernel_path")
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_fastfts_adam_follows_torchs(name) -> None:
+    """Groups, a schedule, a divisor, a skipped step, and tensors whose gradients come later."""
+    config = dataclasses.replace(GROUPS, name=name)
+    (ours, fused), (theirs, plain) = pair = make_pair(config, FUSED, TORCH_ONLY)
+    train_pair(pair, range(6), absent={"blocks.1.weight": 1, "stem.bias": 4})
+    assert_close(ours, theirs)
+    for parameter, state in fused.state_dict().items():
+        assert float(state["step"]) == float(plain.state_dict()[parameter]["step"])
+
+
+@pytest.mark.parametrize("kinds", [(TORCH_ONLY, FUSED), (FUSED, TORCH_ONLY)])
+def test_torchs_state_loads_into_fastfts_and_back(kinds: tuple[Kernels, Kernels]) -> None:
+    """As when a run goes on on another device."""
+    (before, first), (after, second) = make_pair(GROUPS, *kinds)
+    train_pair([(before, first)], range(4), absent={"stem.bias": 9})
+    after.model.load_state_dict(before.model.state_dict())
+    second.load_state_dict(copy_state(first))
+    train_pair([(before, first), (after, second)], range(4, 7))
+    assert_close(before, after)
+    assert float(second.state_dict()["stem.bias"]["step"]) == 3
+    assert float(second.state_dict()["stem.weight"]["step"]) == 6
+
+
+@pytest.mark.usefixtures("kernel_path")
+@pytest.mark.parametrize(("moments", "size"), [("fp32", 8), ("bf16", 4), ("8bit", 2 + 2 / 128)])
+def test_moments_take_fewer_bytes_and_still_learn(moments, size: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8, bias=False)
+    task = Task(model=model, loss=no_loss)
+    config = OptimConfig(
+        lr=0.1, weight_decay=0.0, moments=moments, schedule=ScheduleConfig(name="constant")
+    )
+    optimizer = Optimizer(make_groups(task, config, {}), config, 30, FUSED)
+    losses = []
+    for step in range(30):
+        loss = (model.weight - torch.arange(16)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.update(step, torch.tensor(1.0), torch.tensor(0.0))
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    assert losses == sorted(losses, reverse=True)
+    state = optimizer.state_dict()["weight"]
+    stored = sum(value.nbytes for name, value in state.items() if name != "step")
+    assert stored / model.weight.numel() == size
+
+
+@pytest.mark.usefixtures("kernel_path")
+def test_update_norms_are_those_of_the_last_update() -> None:
+    ((task, optimizer),) = make_pair(GROUPS, FUSED)
+    train_pair([(task, optimizer)], range(2), absent={"stem.weight": 2})
+    assert set(optimizer.update_norms()) == set(optimizer.parameters) - {"stem.weight"}
+    before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    train_pair([(task, optimizer)], range(3, 4))
+    found = optimizer.update_norms()
+    assert set(found) == set(optimizer.parameters)
+    for name, (update, weight) in found.items():
+        parameter = optimizer.parameters[name].detach()
+        torch.testing.assert_close(update, (parameter - before[name]).norm(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight, parameter.norm())
+
+
+def test_torchs_optimizers_measure_no_updates() -> None:
+    ((task, optimizer),) = make_pair(GROUPS, TORCH_ONLY)
+    train_pair([(task, optimizer)], range(1))
+    assert optimizer.update_norms() == {}

@@ -161,6 +161,8 @@ VARIANTS = {
     "by batch": ["data.mixing=batch"],
     "staged": ['finetune.unfreeze=[{at_step = 7, match = ["0.*", "1.*"]}]'],
     "lora": ["finetune.method=lora"],
+    "8bit": ["optim.moments=8bit", "gradients.zclip={warmup_steps = 2}"],
+    "bf16 moments": ["optim.moments=bf16", 'finetune.unfreeze=[{at_step = 7, match = ["0.*"]}]'],
     "penalty": ['loss.penalties=[{kind = "l2", match = ["*.weight"], weight = 1e-3}]'],
 }
 

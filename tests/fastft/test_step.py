@@ -8,6 +8,7 @@ from torch import nn
 
 from fastft.config import GradientsConfig, LossConfig, OptimConfig, Penalty, ScheduleConfig
 from fastft.errors import ConfigError
+from fastft.fused import Kernels
 from fastft.loop import TrainingState
 from fastft.losses import make_penalty
 from fastft.optim import Optimizer, make_groups
@@ -114,6 +115,34 @@ def test_norms_by_group_and_layer_add_up_to_the_global_one() -> None:
     for kind in ("layer/", "group/"):
         squares = [norm.square() for name, norm in norms.items() if name.startswith(kind)]
         torch.testing.assert_close(torch.stack(squares).sum().sqrt(), result.verdict.norm)
+
+
+def test_updates_by_group_and_layer_beside_the_weights() -> None:
+    task, kernels = make_task(), Kernels(adam=True, norm=True)
+    config = OptimConfig(lr=0.05, weight_decay=0.1)
+    staged = {"0.weight": 9, "0.bias": 9}
+    task.model.get_submodule("0").requires_grad_(False)
+    optimizer = Optimizer(make_groups(task, config, staged), config, 10, kernels)
+    precision = make_precision("fp32", CPU)
+    step = TrainingStep(task, optimizer, None, GradientsConfig(), precision, kernels)
+    step(0, [make_batch()])
+    before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    norms = step.summary(step(1, [make_batch()]).verdict.tensor_norms)
+    ratios = step.update_ratios()
+    assert ratios.keys() == norms.keys()
+    assert ratios["layer/0"] == 0
+    for layer in ("1", "2", "3"):
+        mine = [n for n in before if n.startswith(layer + ".")]
+        new = torch.cat([optimizer.parameters[name].detach().flatten() for name in mine])
+        old = torch.cat([before[name].flatten() for name in mine])
+        expected = (new - old).norm() / new.norm()
+        torch.testing.assert_close(ratios[f"layer/{layer}"], expected, rtol=1e-4, atol=0)
+
+
+def test_optimizers_of_torch_have_no_updates_to_show() -> None:
+    step = make_step(make_task())
+    step(0, [make_batch()])
+    assert step.update_ratios() == {}
 
 
 @pytest.mark.parametrize("mode", ["blocks", "model"])

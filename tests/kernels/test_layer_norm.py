@@ -113,3 +113,16 @@ def test_every_schedule_agrees(columns, weights, device, monkeypatch):
     # Any number of rows is many for a GPU without multiprocessors.
     monkeypatch.setattr("fastft_kernels.row_schedule.multiprocessors", lambda device: 0)
     torch.testing.assert_close(layer_norm(x, w, b), small)
+
+
+def test_what_the_op_does_not_know_goes_through_torch(device):
+    norm, fused = nn.LayerNorm(20).to(device), nn.LayerNorm(20).to(device)
+    use_fused_layer_norm(fused)
+    assert type(fused) is FusedLayerNorm
+    x, t = (torch.randn(3, 20, device=device) for _ in range(2))
+    for got, want in zip(*(torch.func.jvp(m, (x,), (t,)) for m in (fused, norm)), strict=True):
+        torch.testing.assert_close(got, want)
+    plain = nn.LayerNorm(20, elementwise_affine=False).to(device)
+    wide = plain(x.double())
+    use_fused_layer_norm(plain)
+    assert torch.equal(plain(x.double()), wide)

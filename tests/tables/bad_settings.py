@@ -70,6 +70,32 @@ RUN_FILE = [
         "run.toml: loss.terms.0.delta: unknown key; ...",
     ),
     case(
+        "unknown form of moments",
+        "train run.toml optim.moments=4bit",
+        "run.toml: optim.moments: must be a known value; got '4bit'; did you mean '8bit'?",
+    ),
+    case(
+        "moments without Adam",
+        "train run.toml optim.name=sgd optim.moments=bf16",
+        "run.toml: optim: moments 'bf16' need adam or adamw; got sgd; drop them",
+    ),
+    case(
+        "moments without kernels",
+        "train run.toml optim.moments=8bit step.kernels=off",
+        "run.toml: step.kernels: must be 'auto' for optim.moments = '8bit'; got 'off'; drop one of"
+        " them",
+    ),
+    case(
+        "ZClip without kernels",
+        "train run.toml gradients.zclip={} step.kernels=off",
+        "run.toml: step.kernels: must be 'auto' for gradients.zclip; got 'off'; drop one of them",
+    ),
+    case(
+        "a mean that never moves",
+        "train run.toml gradients.zclip.decay=1",
+        "run.toml: gradients.zclip.decay: must be less than 1; got 1",
+    ),
+    case(
         "no such device name",
         "train run.toml run.device=gpu",
         "run.toml: run.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N'; got \"gpu\"",
@@ -253,6 +279,15 @@ TRAINED_PARAMETERS = [
         "rule for what is frozen",
         "train run.toml finetune.freeze=['stem.*'] optim.groups=[{match=['stem.*'],lr=1}]",
         "optim.groups.0.match: 'stem.*' ... only frozen parameters; unfreeze or drop it",
+    ),
+    case(
+        "kernels for float64",
+        "train run.toml optim.moments=8bit gradients.zclip={}",
+        "optim.moments: '8bit' needs parameters that fastft's kernels take; some are float64; drop"
+        " the setting",
+        "gradients.zclip: needs parameters that fastft's kernels take; some are float64; drop the"
+        " setting",
+        before=replace("model.py", "return Net(width, classes)", "return Net(8, 3).double()"),
     ),
     case(
         "penalty on nothing",

@@ -114,6 +114,24 @@ def test_parameters_without_a_gradient_are_named_once(eventful, fastft) -> None:
     assert "as unused." in outcome.output
 
 
+def test_fastfts_adam_logs_its_updates(eventful, fastft) -> None:
+    """With torch's there are none to log."""
+    eventful("inputs = inputs * float('nan')", at=5)
+    settings = ["optim.moments=8bit", "optim.weight_decay=0.1", "run.steps=60"]
+    outcome = fastft(*STEPS, *settings, "gradients.zclip={warmup_steps = 2}")
+    assert outcome.code == 0, outcome.errors
+    assert "fastft's adamw" in outcome.output
+    for name in ("group/default", "group/default, no decay", "layer/linear"):
+        values = logged(f"updates/{name}")
+        assert len(values) == 60
+        assert all(0 < value < 0.5 for value in values)
+    assert set(logged("updates/layer/unused")) == {0.0}
+    losses = logged("train/loss")
+    assert sum(losses[-10:]) < 0.8 * sum(losses[5:15])
+    assert fastft(*STEPS, "run.folder=plain").code == 0
+    assert "updates/" not in Path("plain/metrics.jsonl").read_text()
+
+
 def test_a_failing_evaluation_does_not_cost_the_training(project: Path, fastft) -> None:
     inputs = np.zeros((16, 4), np.float32)
     inputs[:, 0] = np.arange(16)
