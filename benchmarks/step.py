@@ -23,14 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastft.assemble import assemble
+from fastft.blocks import compile_task
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
 from fastft.fused import choose_kernels, fuse_layer_norms
 from fastft.optim import Optimizer, make_groups
+from fastft.precision import make_precision
 from fastft.runfile import parse
 from fastft.runtime import environment, seed_everything
-from fastft.step import TrainingStep, compile_task, make_precision
+from fastft.step import TrainingStep
 from fastft.task import Batch
 
 DEVICE = torch.device("cuda", 0)

@@ -30,6 +30,7 @@ from fastft_kernels.device import (
     output_dtype,
     runs_triton,
 )
+from fastft_kernels.dispatch import as_differentiable_op, as_op
 from fastft_kernels.norm_formulas import plain_adaptive_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
@@ -220,8 +221,7 @@ def _forward_cpu(x, scale, shift, residual, eps, out) -> None:
     y.copy_(reference(x.float(), scale.float(), shift.float(), residual, eps))
 
 
-@torch.library.custom_op("fastft::adaptive_norm_forward", mutates_args=())
-def _forward(
+def _run_forward(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -236,7 +236,6 @@ def _forward(
     return out
 
 
-@_forward.register_fake
 def _forward_fake(x, scale, shift, residual, eps, out_dtype):
     rows = x.numel() // x.shape[-1]
     statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -275,8 +274,7 @@ def _backward_cpu(dy, x, scale, mean, rstd, out) -> None:
         kept.copy_(value)
 
 
-@torch.library.custom_op("fastft::adaptive_norm_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dshift)."""
@@ -286,9 +284,11 @@ def _backward(
     return out
 
 
-@_backward.register_fake
 def _backward_fake(dy, x, scale, mean, rstd):
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+_backward = as_op("fastft::adaptive_norm_backward", _run_backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -315,7 +315,9 @@ def _autograd(ctx, dy, _dmean, _drstd):
     return dx, dscale, dshift.to(ctx.shift_dtype), dresidual, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = as_differentiable_op(
+    "fastft::adaptive_norm_forward", _run_forward, _forward_fake, _setup_context, _autograd
+)
 
 
 def adaptive_layer_norm(

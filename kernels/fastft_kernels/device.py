@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from triton import knobs
 
 MAX_COLUMNS = 16384
@@ -49,6 +50,14 @@ def multiprocessors(device: torch.device) -> int:
 def shared_memory_bytes(device: torch.device) -> int:
     """What one program may use; that of an H200 where there is no GPU."""
     return 232448 if device.type != "cuda" else _properties(device.index)[1]
+
+
+def transformed() -> bool:
+    """Whether forward-mode derivatives or a torch.func transform are being taken."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def ceil_div(a: int, b: int) -> int:

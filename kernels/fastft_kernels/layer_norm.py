@@ -27,6 +27,7 @@ from fastft_kernels.device import (
     output_dtype,
     runs_triton,
 )
+from fastft_kernels.dispatch import as_differentiable_op, as_op
 from fastft_kernels.norm_formulas import plain_norm_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
@@ -243,8 +244,7 @@ def _forward_cpu(x, residual, weight, bias, eps, out) -> None:
     y.copy_(F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps))
 
 
-@torch.library.custom_op("fastft::layer_norm_forward", mutates_args=())
-def _forward(
+def _run_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -259,17 +259,13 @@ def _forward(
     return out
 
 
-@_forward.register_fake
 def _forward_fake(x, residual, weight, bias, eps, out_dtype):
     rows = x.numel() // x.shape[-1]
     s_shape = (0,) if residual is None else x.shape
     s_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return (
-        x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(s_shape, dtype=s_dtype),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
-    )
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    y, s = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(s_shape, dtype=s_dtype)
+    return y, s, mean, rstd
 
 
 def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
@@ -311,8 +307,7 @@ def _backward_cpu(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
         kept.copy_(value)
 
 
-@torch.library.custom_op("fastft::layer_norm_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor,
     ds: Tensor | None,
     s: Tensor,
@@ -328,11 +323,13 @@ def _backward(
     return out
 
 
-@_backward.register_fake
 def _backward_fake(dy, ds, s, weight, mean, rstd, wants_sums):
     shape = s.shape[-1:] if wants_sums else (0,)
     dtype = torch.float32 if weight is None else weight.dtype
     return s.new_empty(s.shape), s.new_empty(shape, dtype=dtype), s.new_empty(shape, dtype=dtype)
+
+
+_backward = as_op("fastft::layer_norm_backward", _run_backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -367,7 +364,9 @@ def _autograd(ctx, dy, ds, _dmean, _drstd):
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = as_differentiable_op(
+    "fastft::layer_norm_forward", _run_forward, _forward_fake, _setup_context, _autograd
+)
 
 
 def layer_norm(

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from fastft_kernels.device import FLOAT_DTYPES, MAX_COLUMNS
+from fastft_kernels.device import FLOAT_DTYPES, MAX_COLUMNS, transformed
 from fastft_kernels.layer_norm import layer_norm
 
 
@@ -18,7 +16,7 @@ class FusedLayerNorm(nn.LayerNorm):
 
         float64 and torch.func transforms, which the op does not know, go through torch's norm.
         """
-        if input.dtype not in FLOAT_DTYPES or _transformed():
+        if input.dtype not in FLOAT_DTYPES or transformed():
             return super().forward(input)
         flat = input.flatten(-len(self.normalized_shape)) if self.many else input
         weight, bias = self.weight, self.bias
@@ -30,14 +28,6 @@ class FusedLayerNorm(nn.LayerNorm):
     def many(self) -> bool:
         """True when the norm spans several dimensions."""
         return len(self.normalized_shape) > 1
-
-
-def _transformed() -> bool:
-    """Whether forward-mode derivatives or a torch.func transform are being taken."""
-    if torch.compiler.is_compiling():
-        return False
-    stack = torch._C._functorch.peek_interpreter_stack()
-    return stack is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)

@@ -99,3 +99,19 @@ def test_the_cpu_reference_path_agrees(case: OpCase, device, request):
     interpret_on_cpu(False)
     for got, truth in zip(values_and_grads(case.op, inputs, grads), truths, strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@by_name
+def test_selective_checkpointing_sees_the_op(case: OpCase, device):
+    """A policy that keeps the op's outputs by name must not run it a second time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Names():
+        case.op(*case.make_inputs((2, 3, 40), torch.float32, device))
+    assert any(name.startswith("fastft::") for name in seen)
