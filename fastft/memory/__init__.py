@@ -1,0 +1,6 @@
+"""Memory of a training step: what each block keeps or recomputes, inside a budget."""
+
+from fastft.memory.plan import Plan as Plan
+from fastft.memory.plan import load_plan as load_plan
+from fastft.memory.plan import make_plan as make_plan
+from fastft.memory.plan import plan_memory as plan_memory

@@ -1,0 +1,280 @@
+"""What a training step costs, measured with the run's own shapes.
+
+A rehearsal is a whole training step whose update is told to change nothing. One of them, in which
+every block keeps as little as it can, gives what is there besides the blocks; then each distinct
+block runs alone under each way, forward and backward.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastft.blocks import BlockForwards
+from fastft.memory.meter import Meter
+from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes
+from fastft.precision import Precision
+from fastft.step import TrainingStep, compute_loss
+from fastft.task import Batch, Block, Task
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with: tensors detached, with their `requires_grad`."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same inputs as leaves of a new graph."""
+        return tree_map(_leaf, (self.arguments, self.keywords))
+
+
+@dataclass
+class Rest:
+    """Bytes of a step that are not its blocks', as in `StepCosts`, and its measured peak."""
+
+    fixed: int = 0
+    before: int = 0
+    before_backward: int = 0
+    tail: int = 0
+    tail_gradients: int = 0
+    other_gradients: int = 0
+    peak: int = 0
+    seconds: float = 0.0
+
+
+def rehearse(step: TrainingStep, batches: Sequence[Batch]) -> None:
+    """One whole step that changes nothing."""
+    with step.rehearsal():
+        step(0, batches)
+
+
+def distinct_blocks(task: Task, calls: dict[str, Call]) -> dict[str, list[Block]]:
+    """Blocks by what they are and what they are called with; those of one key cost the same."""
+    found: dict[str, list[Block]] = {}
+    for block in task.blocks:
+        if block.name in calls:
+            found.setdefault(_signature(block.module, calls[block.name]), []).append(block)
+    return found
+
+
+def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
+    """Block name -> what it is called with; tensors are kept once per distinct block."""
+    calls: dict[str, Call] = {}
+    kept: dict[str, Call] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            call = Call(*tree_map(_detached, (arguments, keywords)))
+            calls.setdefault(name, kept.setdefault(_signature(module, call), call))
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        for block in step.task.blocks:
+            handle = block.module.register_forward_pre_hook(hook(block.name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(step.rehearsal())
+        compute_loss(step.task.loss, step.task.model, batch, step.precision)
+    return calls
+
+
+class _Marks:
+    """Hooks before the first block and behind the last that split a step's memory."""
+
+    def __init__(self, step: TrainingStep, meter: Meter) -> None:
+        self.rest, self._meter = Rest(fixed=meter.allocated()), meter
+        self._outside = _outside(step)
+        self._at: dict[str, int] = {}
+
+    def before_first(self, module: nn.Module, arguments: Any) -> None:
+        if "first" not in self._at:
+            self._at["first"] = self._meter.allocated()
+            self.rest.before = max(0, self._at["first"] - self.rest.fixed)
+            _on_gradient(arguments, self.after_blocks)
+
+    def after_last(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if "last" not in self._at:
+            self._at["last"] = self._meter.allocated()
+            self.close()
+            _on_gradient(output, self.before_blocks)
+
+    def before_blocks(self, gradient: Tensor) -> None:
+        self.rest.tail = self._meter.peak() - self._at["last"]
+        self.rest.tail_gradients = sum(p.grad.nbytes for p in self._outside if p.grad is not None)
+        self.close()
+
+    def after_blocks(self, gradient: Tensor) -> None:
+        self.close()
+        self._at["stem"] = self._meter.allocated() - gradient.nbytes
+
+    def close(self) -> None:
+        """Notes the peak so far and begins a new one."""
+        highest = self._meter.peak()
+        if "stem" in self._at:
+            self.rest.before_backward = highest - self._at["stem"]
+        self.rest.peak = max(self.rest.peak, highest)
+        self._meter.reset_peak()
+
+
+def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> Rest:
+    """Rehearses a step with marks around the blocks; they should keep as little as they can."""
+    gc.collect()
+    meter.reset_peak()
+    blocks, marks = step.task.blocks, _Marks(step, meter)
+    handles = [
+        blocks[0].module.register_forward_pre_hook(marks.before_first),
+        blocks[-1].module.register_forward_hook(marks.after_last),
+    ]
+    try:
+        rehearse(step, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    marks.close()
+    marks.rest.other_gradients = (
+        sum(p.nbytes for p in _outside(step) if p.requires_grad) - marks.rest.tail_gradients
+    )
+    marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=3)
+    return marks.rest
+
+
+def measure_block(
+    block: Block,
+    forward: Callable[..., Any],
+    call: Call,
+    way: str,
+    precision: Precision,
+    meter: Meter,
+) -> Choice:
+    """One block alone, one way: bytes kept, highest bytes forward and backward, time."""
+    parameters = list(block.module.parameters())
+
+    def run_forward() -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        arguments, keywords = call.fresh()
+        # Entered for each call, as in a step: it caches the weights that it casts.
+        with precision.autocast():
+            output = forward(*arguments, **keywords)
+        return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+
+    def run_backward(outputs: list[Tensor]) -> None:
+        torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
+
+    # The first compiles, and libraries make their workspaces.
+    run_backward(run_forward())
+    for parameter in parameters:
+        parameter.grad = None
+    meter.reset_peak()
+    start = meter.allocated()
+    outputs = run_forward()
+    kept, forward_bytes = meter.allocated() - start, meter.peak() - start
+    meter.reset_peak()
+    start = meter.allocated()
+    run_backward(outputs)
+    backward_bytes = meter.peak() - start
+    del outputs
+    seconds = meter.seconds(lambda: run_backward(run_forward()), _REPEATS)
+    for parameter in parameters:
+        parameter.grad = None
+    return Choice(way, max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0), seconds)
+
+
+def measure_blocks(
+    step: TrainingStep,
+    forwards: BlockForwards,
+    calls: dict[str, Call],
+    names: Sequence[str],
+    meter: Meter,
+) -> dict[str, dict[str, Choice]]:
+    """Block name -> way -> its cost, for the named ways; each distinct block is measured once."""
+    costs: dict[str, dict[str, Choice]] = {}
+    for members in distinct_blocks(step.task, calls).values():
+        first = members[0]
+        found = {}
+        for name in names:
+            forward = forwards.forward(first.name, name)
+            call = calls[first.name]
+            found[name] = measure_block(first, forward, call, name, step.precision, meter)
+        costs.update({block.name: found for block in members})
+    return costs
+
+
+def assemble_costs(
+    step: TrainingStep, rest: Rest, measured: Mapping[str, Mapping[str, Choice]], micro_batches: int
+) -> StepCosts:
+    """The whole step; what the model of its peak misses of the rehearsal is added to the rest.
+
+    Args:
+        measured: block name -> way -> cost; the last way is the one of the rehearsal.
+        micro_batches: per step; from the second on, all gradients are there from the start.
+    """
+    several = micro_batches > 1
+    blocks = tuple(
+        BlockCosts(
+            block.name,
+            tuple(measured[block.name].values()),
+            0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
+        )
+        for block in step.task.blocks
+        if block.name in measured
+    )
+    all_gradients = sum(p.nbytes for p in step.optimizer.parameters.values() if p.requires_grad)
+    frugal = micro_batches * math.fsum(block.choices[-1].seconds for block in blocks)
+    costs = StepCosts(
+        blocks=blocks,
+        fixed_bytes=rest.fixed + (all_gradients if several else 0),
+        before_bytes=rest.before,
+        before_backward_bytes=rest.before_backward,
+        tail_bytes=rest.tail,
+        tail_gradient_bytes=0 if several else rest.tail_gradients,
+        update_bytes=0 if several else rest.other_gradients,
+        other_seconds=max(0.0, rest.seconds - frugal),
+    )
+    missed = rest.peak - peak_bytes(costs, [len(block.choices) - 1 for block in blocks])
+    return dataclasses.replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
+
+
+def _signature(module: nn.Module, call: Call) -> str:
+    parameters = [
+        (n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in module.named_parameters()
+    ]
+    inputs = [
+        (tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, Tensor) else repr(x)
+        for x in tree_leaves((call.arguments, call.keywords))
+    ]
+    return repr((type(module).__qualname__, parameters, inputs))
+
+
+def _detached(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _leaf(value: Any) -> Any:
+    return _detached(value) if isinstance(value, Tensor) else value
+
+
+def _on_gradient(values: Any, hook: Callable[[Tensor], None]) -> None:
+    """Calls the hook once, when the first differentiable tensor gets its gradient."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(hook)
+            return
+
+
+def _outside(step: TrainingStep) -> list[nn.Parameter]:
+    inside = {id(p) for block in step.task.blocks for p in block.module.parameters()}
+    return [p for p in step.optimizer.parameters.values() if id(p) not in inside]
