@@ -12,6 +12,7 @@ import datetime
 import gc
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ from fastft.runtime import environment
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss, Task, repeated_blocks
 
+# As the command line sets it; read when torch first allocates.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 DEVICE = torch.device("cuda", 0)
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
 GRADIENTS = GradientsConfig(clip_norm=1.0)

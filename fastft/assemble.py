@@ -8,12 +8,17 @@ import torch
 from rich.console import Console
 
 from fastft.adapters.registry import find_adapter
+from fastft.blocks import BlockForwards, compile_task
 from fastft.checkpoint import Weights, load_weights, read_weights
 from fastft.config import LossConfig, RunConfig
 from fastft.data import SourceLoader, check_data, describe_findings, open_evaluation
-from fastft.finetune import apply_method
-from fastft.losses import make_criterion
+from fastft.finetune import apply_method, staged_names
+from fastft.fused import Kernels, choose_kernels, fuse_layer_norms
+from fastft.losses import make_criterion, make_penalty
 from fastft.names import state_dict
+from fastft.optim import Optimizer, group_table, make_groups
+from fastft.precision import Precision, make_precision
+from fastft.step import TrainingStep
 from fastft.task import Adapter, FieldSpec, Split, Task
 
 
@@ -51,6 +56,29 @@ def assemble(
             load_weights(task.model, own, config.model, heads)
     apply_method(task, config.finetune)
     return task, adapter
+
+
+def build_step(
+    config: RunConfig, task: Task, device: torch.device, console: Console
+) -> tuple[TrainingStep, BlockForwards]:
+    """The training step over a task whose weights are loaded, and how its blocks run.
+
+    Shows the parameter groups and what the step is made of.
+    """
+    fused_norms = fuse_layer_norms(task, config, device)
+    precision = make_precision(config.step.precision, device)
+    forwards = compile_task(task, config.step.compile, precision)
+    groups = make_groups(task, config.optim, staged_names(task.model, config.finetune))
+    trained = [p for group in groups for p in group.parameters.values()]
+    kernels = choose_kernels(config, trained, device)
+    console.print(group_table(groups, task), _summary(config, precision, kernels))
+    for note in (fused_norms, *kernels.notes):
+        if note:
+            console.print(note)
+    optimizer = Optimizer(groups, config.optim, config.run.steps, kernels, config.run.seed)
+    penalty = make_penalty(config.loss, task.model, optimizer.parameters)
+    step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels)
+    return step, forwards
 
 
 def open_split(
@@ -94,3 +122,14 @@ def _expected_fields(task: Task, loss: LossConfig) -> dict[str, FieldSpec]:
             spec = dataclasses.replace(spec, ignore_index=ignored)
         fields[term.target] = spec
     return fields
+
+
+def _summary(config: RunConfig, precision: Precision, kernels: Kernels) -> str:
+    """One line on what is not in the table of groups."""
+    schedule, optim = config.optim.schedule, config.optim
+    whose = "fastft's" if kernels.adam else "torch's"
+    return (
+        f"{config.finetune.method} fine-tuning; {whose} {optim.name}, {schedule.name} over"
+        f" {config.run.steps} steps with {schedule.warmup_steps} of warm-up;"
+        f" {precision.name} on {precision.device}, compile {config.step.compile}"
+    )

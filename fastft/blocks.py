@@ -7,12 +7,13 @@ that the partitioner may keep; both can keep only their inputs.
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch._inductor.compile_fx import compile_fx
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -33,7 +34,7 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _NORMS = ("native_layer_norm", "native_batch_norm", "native_group_norm", "cudnn_batch_norm")
-_NORMS += ("_softmax", "_fused_rms_norm")
+_NORMS += ("_softmax", "_safe_softmax", "_fused_rms_norm")
 _FASTFT_NORMS = ("layer_norm_forward", "adaptive_norm_forward")
 
 
@@ -152,8 +153,7 @@ def compiled(
     Around it, torch 2.11 would run the compiled backward under autocast too, unlike eager (pytorch
     issue 153044).
     """
-    functorch_config = cast(Any, torch._functorch.config)  # type: ignore[attr-defined]
-    functorch_config.backward_pass_autocast = "off"
+    cast(Any, functorch_config).backward_pass_autocast = "off"
 
     def run(*arguments: Any, **keywords: Any) -> Any:
         with precision.autocast():
@@ -168,12 +168,13 @@ def allow_graphs(count: int) -> None:
     All blocks share one code object, and torch's limit is per code object. Past it torch would go
     on uncompiled, and say so only in a log.
     """
-    dynamo_config = cast(Any, torch._dynamo.config)  # type: ignore[attr-defined]
-    dynamo_config.recompile_limit = max(64, dynamo_config.recompile_limit, 8 * count)
-    dynamo_config.accumulated_recompile_limit = max(
-        dynamo_config.accumulated_recompile_limit, dynamo_config.recompile_limit
+    # Here, because it takes a second to import.
+    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit, 8 * count)
+    dynamo.accumulated_recompile_limit = max(
+        dynamo.accumulated_recompile_limit, dynamo.recompile_limit
     )
-    dynamo_config.fail_on_recompile_limit_hit = True
+    dynamo.fail_on_recompile_limit_hit = True
 
 
 def compile_task(task: Task, mode: str, precision: Precision) -> BlockForwards:
@@ -195,9 +196,9 @@ def _backend(share: float) -> Callable[..., Any]:
     Dynamo tells compiled graphs of one code object apart by their backend."""
 
     def backend(graph: Any, inputs: Any, **options: Any) -> Any:
-        config = cast(Any, torch._functorch.config)  # type: ignore[attr-defined]
-        with config.patch(activation_memory_budget=share):
-            return compile_fx(graph, inputs, **options)
+        inductor = importlib.import_module("torch._inductor.compile_fx")
+        with cast(Any, functorch_config).patch(activation_memory_budget=share):
+            return inductor.compile_fx(graph, inputs, **options)
 
     return backend
 

@@ -1,8 +1,9 @@
-"""The command line: `fastft train | evaluate | check | show | export | schema`."""
+"""The command line: `fastft train | plan | evaluate | check | show | export | schema`."""
 
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     options = _parse(arguments)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Read when torch first allocates on a GPU. Segments that grow leave few gaps, so that what
+        # is reserved stays close to what is used, which a memory budget needs.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     console = Console(stderr=False, soft_wrap=not sys.stdout.isatty())
     try:
         options.run(options, console)
@@ -68,6 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="show what would be trained; stop")
     command.add_argument(
         "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+    )
+    command.add_argument(
+        "--profile",
+        action="store_true",
+        help="profile a few steps and write a report; its settings are [profile]",
+    )
+    command = _add_run_command(commands, "plan", _plan, "what fits into GPU memory, and how fast")
+    command.add_argument(
+        "--budget",
+        metavar="SIZES",
+        help="GPU memory, as 80GB,40GB,22GiB; default: the run file's, or what the device has",
+    )
+    command.add_argument(
+        "--no-device", action="store_true", help="estimate without a GPU, and without weights"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where plans and memory.png go; default: 'plan' in the run folder",
     )
     command = _add_run_command(commands, "evaluate", _evaluate, "score a trained model")
     command.add_argument("--split", choices=["validation", "test"], default="validation")
@@ -128,6 +153,9 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     if options.resume:
         options.overrides = [*options.overrides, "checkpoint.resume=auto"]
     config = _config(options)
+    if options.profile and config.profile is None:
+        options.overrides = [*options.overrides, "profile={}"]
+        config = _config(options)
     result = importlib.import_module("fastft.train").train(config, console, dry_run=options.dry_run)
     if result is not None:
         folder = config.run.folder
@@ -140,6 +168,16 @@ def _train(options: argparse.Namespace, console: Console) -> None:
         if result.best is not None:
             lines.insert(1, f"best checkpoint: {result.best}")
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _plan(options: argparse.Namespace, console: Console) -> None:
+    importlib.import_module("fastft.plan").plan(
+        _config(options),
+        console,
+        budgets=options.budget.split(",") if options.budget is not None else (),
+        no_device=options.no_device,
+        out=options.out,
+    )
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

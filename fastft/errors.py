@@ -37,6 +37,10 @@ class AdapterError(FastftError):
     """An adapter that is unknown, lacks its package, or was asked for what it cannot do."""
 
 
+class PlanError(FastftError):
+    """A memory budget that no plan meets, or a plan that does not fit the model."""
+
+
 class TrainingStopped(FastftError):
     """Training ended early by its own policy, such as too many non-finite gradients."""
 

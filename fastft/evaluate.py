@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fastft.assemble import assemble, open_split
 from fastft.atomic import write_file_atomically
+from fastft.blocks import compile_task
 from fastft.checkpoint import (
     best_checkpoint,
     is_checkpoint,
@@ -25,8 +26,8 @@ from fastft.fused import fuse_layer_norms
 from fastft.loop import score
 from fastft.metrics import make_metrics
 from fastft.names import load_state_dict
+from fastft.precision import make_precision
 from fastft.runtime import find_device, seed_everything
-from fastft.step import compile_task, make_precision
 from fastft.task import Adapter, Split, Task
 
 

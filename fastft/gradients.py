@@ -1,6 +1,7 @@
 """Watching gradients: norms, clipping, and what happens to a bad step, decided on the device."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,16 @@ class GradientGuard:
         if self._scaled:
             self._move_scale(nonfinite)
         return Verdict(norm, tensor_norms, scale / coefficient, skip.float())
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Scale and counters are the same after this context as before it."""
+        kept = {name: value.clone() for name, value in self.state_dict().items()}
+        try:
+            yield
+        finally:
+            self.load_state_dict(kept)
+            self._bad_tensors.zero_()
 
     def counters(self) -> Mapping[str, Tensor]:
         """Device scalars to log: bad steps so far, and whether the run must stop."""

@@ -144,10 +144,8 @@ class Optimizer:
         self._total_steps = total_steps
         self._inner = _make_inner(groups, config, kernels, seed)
         self._fused = config.name != "rmsprop"
-        if config.name == "sgd":
-            # torch makes momentum buffers in the first update, uninitialised where that is skipped.
-            for parameter in self.parameters.values():
-                self._inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._has_momentum = config.name == "sgd"
+        self.forget()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -195,6 +193,16 @@ class Optimizer:
         names = {parameter: name for name, parameter in self.parameters.items()}
         updated = [names[cast(nn.Parameter, p)] for p in self._inner.parameters]
         return dict(zip(updated, zip(found.update, found.weight, strict=True), strict=True))
+
+    def forget(self) -> None:
+        """Drops moments and step counts; the next update begins anew."""
+        self._inner.state.clear()
+        if isinstance(self._inner, FusedAdam):
+            self._inner.load_state_dict({**self._inner.state_dict(), "state": {}})
+        if self._has_momentum:
+            # torch makes momentum buffers in the first update, uninitialised where that is skipped.
+            for parameter in self.parameters.values():
+                self._inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""

@@ -8,96 +8,18 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastft.config import GradientsConfig
 from fastft.errors import ConfigError
 from fastft.fused import TORCH_ONLY, Kernels
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
 from fastft.optim import Optimizer
-from fastft.task import Batch, Block, Loss, LossFunction, Task
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How numbers are computed.
-
-    Attributes:
-        name: 'fp32', 'tf32', 'bf16' or 'fp16'.
-        device: what autocast is for.
-    """
-
-    name: str
-    device: torch.device
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to bf16 or fp16, or nothing."""
-        dtype = _AUTOCAST.get(self.name)
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
-
-
-def make_precision(name: str, device: torch.device) -> Precision:
-    """Resolves 'auto' and switches TF32 matrix products on or off.
-
-    Raises:
-        ConfigError: the device has no TF32.
-    """
-    if name == "auto":
-        gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if gpu_has_bf16 else "fp32"
-    if name == "tf32" and device.type != "cuda":
-        raise ConfigError("step.precision: 'tf32' needs a GPU; got a CPU; use 'fp32' or 'auto'")
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return Precision(name, device)
-
-
-def compile_task(task: Task, mode: str, precision: Precision) -> None:
-    """Compiles the task's blocks, or its model, in place; parameter names stay as they are.
-
-    Autocast goes inside what is compiled: around it, torch 2.11 would run the compiled backward
-    under autocast too, unlike eager (pytorch issue 153044).
-
-    Raises:
-        ConfigError: blocks are asked for and the adapter names none.
-    """
-    if mode == "off":
-        return
-    whole = Block("", task.model)
-    blocks = task.blocks if mode == "blocks" else (whole,)
-    if not blocks:
-        raise ConfigError(
-            "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none;"
-            " use 'model' or 'off'"
-        )
-    functorch_config = cast(Any, torch._functorch.config)  # type: ignore[attr-defined]
-    functorch_config.backward_pass_autocast = "off"
-    # All blocks share the code object below, and torch's limit is per code object: each distinct
-    # block, in train and eval mode, with full and last batches, needs a graph of its own.
-    dynamo_config = cast(Any, torch._dynamo.config)  # type: ignore[attr-defined]
-    dynamo_config.recompile_limit = max(64, dynamo_config.recompile_limit, 8 * len(blocks))
-    # Past the limit torch would go on uncompiled, and say so only in a log.
-    dynamo_config.fail_on_recompile_limit_hit = True
-    for block in blocks:
-        inside = _autocast_inside(block.module.forward, precision)
-        block.module.forward = torch.compile(
-            inside, dynamic=block.dynamic, fullgraph=mode == "blocks"
-        )
-
-
-def _autocast_inside(forward: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        with precision.autocast():
-            return forward(*arguments, **keywords)
-
-    return run
+from fastft.precision import Precision
+from fastft.task import Batch, Loss, LossFunction, Task
 
 
 def compute_loss(loss: LossFunction, model: nn.Module, batch: Batch, precision: Precision) -> Loss:
@@ -154,6 +76,7 @@ class TrainingStep:
             names, gradients, precision.device, scaled=scaled, fused=kernels.norm
         )
         self.summary = NormSummary(names, optimizer.groups, task)
+        self._rehearsing = False
 
     def __call__(self, index: int, batches: Sequence[Batch]) -> StepResult:
         """Runs step `index` (0-based) on micro-batches that are on the device."""
@@ -182,14 +105,38 @@ class TrainingStep:
                 " train what the loss uses (finetune.method, freeze, unfreeze)"
             )
         self._untouched = [i for i in self._untouched if gradients[i] is None]
-        verdict = self.guard.inspect(gradients)
-        # A skipped step must leave the running statistics as they were, too.
-        undo = verdict.skip > 0
-        for buffer, old in zip(statistics, self._kept, strict=True):
-            torch.where(undo, old, buffer, out=buffer)
-        self.optimizer.update(index, verdict.divisor, verdict.skip)
-        self.optimizer.zero_grad()
+        with record_function("fastft/gradients"):
+            verdict = self.guard.inspect(gradients)
+        if self._rehearsing:
+            verdict = dataclasses.replace(verdict, skip=torch.ones_like(verdict.skip))
+        with record_function("fastft/update"):
+            # A skipped step must leave the running statistics as they were, too.
+            undo = verdict.skip > 0
+            for buffer, old in zip(statistics, self._kept, strict=True):
+                torch.where(undo, old, buffer, out=buffer)
+            self.optimizer.update(index, verdict.divisor, verdict.skip)
+            self.optimizer.zero_grad()
         return StepResult(total, parts, verdict)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Steps in this context are whole ones, and leave everything as it was before them.
+
+        The optimizer may hold fresh state after it (see `Optimizer.forget`).
+        """
+        devices = [self.precision.device] if self.precision.device.type == "cuda" else []
+        buffers = list(self.task.model.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        untouched, self._rehearsing = self._untouched, True
+        try:
+            with self.guard.unchanged(), torch.random.fork_rng(devices):
+                yield
+        finally:
+            self._untouched, self._rehearsing = untouched, False
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                for buffer, old in zip(buffers, kept, strict=True):
+                    buffer.copy_(old)
 
     def update_ratios(self) -> dict[str, Tensor]:
         """'group/<name>' and 'layer/<name>' -> L2 norm of the last update over the weights'.
@@ -210,9 +157,11 @@ class TrainingStep:
         return [self.guard.names[i] for i in waiting]
 
     def _forward_backward(self, batch: Batch, of: int) -> Loss:
-        loss = compute_loss(self.task.loss, self.task.model, batch, self.precision)
+        with record_function("fastft/forward"):
+            loss = compute_loss(self.task.loss, self.task.model, batch, self.precision)
         if loss.total.requires_grad:
-            (loss.total * (self.guard.scale / of)).backward()
+            with record_function("fastft/backward"):
+                (loss.total * (self.guard.scale / of)).backward()
         parts = {name: part.detach() for name, part in loss.parts.items()}
         return Loss(loss.total.detach(), parts)
 

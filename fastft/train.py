@@ -9,12 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastft.assemble import assemble, check_run_data, open_split
+from fastft.assemble import assemble, build_step, check_run_data, open_split
 from fastft.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode, staged_names, unfreeze
-from fastft.fused import Kernels, choose_kernels, fuse_layer_norms
 from fastft.loop import (
     EvaluateHook,
     LogHook,
@@ -27,13 +26,13 @@ from fastft.loop import (
     rehearse,
     run_loop,
 )
-from fastft.losses import make_penalty
+from fastft.memory import plan_memory
 from fastft.metrics import make_metrics, open_writer
 from fastft.names import load_state_dict
-from fastft.optim import Optimizer, group_table, make_groups
+from fastft.profiling import open_profile
 from fastft.runfile import format_run_file
 from fastft.runtime import open_run, write_record
-from fastft.step import Ema, Precision, TrainingStep, compile_task, make_precision
+from fastft.step import Ema
 
 
 @dataclass(frozen=True)
@@ -76,20 +75,9 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             # Before `prepare`, which may run the model over the data.
             load_state_dict(task.model, saved.model, where=resumed)
         adapter.prepare(task, loader)
-        fused_norms = fuse_layer_norms(task, config, run.device)
-        precision = make_precision(config.step.precision, run.device)
-        compile_task(task, config.step.compile, precision)
+        step, forwards = build_step(config, task, run.device, console)
+        optimizer, precision = step.optimizer, step.precision
         staged = staged_names(task.model, config.finetune)
-        groups = make_groups(task, config.optim, staged)
-        trained = [p for group in groups for p in group.parameters.values()]
-        kernels = choose_kernels(config, trained, run.device)
-        console.print(group_table(groups, task), _summary(config, precision, kernels))
-        for note in (fused_norms, *kernels.notes):
-            if note:
-                console.print(note)
-        optimizer = Optimizer(groups, config.optim, total, kernels, run.seed)
-        penalty = make_penalty(config.loss, task.model, optimizer.parameters)
-        step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels)
         metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
         check_evaluation(config, metrics)
         if validation is not None:
@@ -97,6 +85,10 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         if dry_run:
             return None
         ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None
+        set_train_mode(task.model, config.finetune.method)
+        plan_memory(
+            config, step, forwards, loader.example(), staged, console, resumed=saved is not None
+        )
         sizes = {source.name: len(source) for source in loader.sources}
         state = TrainingState(task, step, ema, run.device, sizes)
         first = state.restore(saved) if saved else 0
@@ -107,6 +99,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             loader,
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, total) as progress,
+            open_profile(config, run, step, writer, progress.message) as profile,
         ):
             writer.text("run file", f"```toml\n{format_run_file(config)}\n```")
             evaluation = None
@@ -121,7 +114,8 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
                 range(first, total),
                 accumulate=config.step.accumulate,
                 ema=ema,
-                hooks=[log, *([evaluation] if evaluation else []), saving, unfreezing],
+                hooks=[log, *([evaluation] if evaluation else []), saving, unfreezing, profile],
+                around=profile.around,
                 saving=saving,
                 progress=progress,
                 run=run,
@@ -131,14 +125,3 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
 
 def _result(folder: Path, metrics: Mapping[str, float]) -> TrainResult:
     return TrainResult(latest_checkpoint(folder), best_checkpoint(folder), metrics)
-
-
-def _summary(config: RunConfig, precision: Precision, kernels: Kernels) -> str:
-    """One line on what is not in the table of groups."""
-    schedule, optim = config.optim.schedule, config.optim
-    whose = "fastft's" if kernels.adam else "torch's"
-    return (
-        f"{config.finetune.method} fine-tuning; {whose} {optim.name}, {schedule.name} over"
-        f" {config.run.steps} steps with {schedule.warmup_steps} of warm-up;"
-        f" {precision.name} on {precision.device}, compile {config.step.compile}"
-    )

@@ -23,8 +23,10 @@ from fastft.config.loss import (
     Penalty,
     PythonLoss,
 )
+from fastft.config.memory import MemoryConfig, parse_bytes
 from fastft.config.model import FinetuneConfig, LoraConfig, ModelConfig, NewHead, Unfreeze
 from fastft.config.optim import OptimConfig, ParameterRule, ScheduleConfig
+from fastft.config.profile import ProfileConfig
 from fastft.config.training import (
     CheckpointConfig,
     EmaConfig,
@@ -58,12 +60,14 @@ __all__ = [
     "LossTermBase",
     "MeanAbsoluteError",
     "MeanSquaredError",
+    "MemoryConfig",
     "MetricConfig",
     "ModelConfig",
     "NewHead",
     "OptimConfig",
     "ParameterRule",
     "Penalty",
+    "ProfileConfig",
     "PythonLoss",
     "RunConfig",
     "RunSection",
@@ -71,6 +75,7 @@ __all__ = [
     "StepConfig",
     "Unfreeze",
     "ZClipConfig",
+    "parse_bytes",
 ]
 
 
@@ -90,6 +95,8 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    memory: MemoryConfig = MemoryConfig()
+    profile: ProfileConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuses settings of different sections that exclude each other."""
@@ -107,6 +114,11 @@ class RunConfig:
             raise ValueError(
                 f"optim.schedule.warmup_steps: must be below run.steps; got {warmup} of"
                 f" {self.run.steps}; lower it"
+            )
+        if self.profile and self.profile.at_step + self.profile.steps > self.run.steps:
+            raise ValueError(
+                f"profile.at_step: must leave profile.steps = {self.profile.steps} of run.steps ="
+                f" {self.run.steps}; got {self.profile.at_step}; lower it"
             )
         for number, stage in enumerate(self.finetune.unfreeze):
             if stage.at_step >= self.run.steps:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from fastft.metrics import MeanLoss
+from fastft.precision import Precision
 from fastft.runtime import rng_state, set_rng_state
-from fastft.step import Precision, compute_loss
+from fastft.step import compute_loss
 from fastft.task import Batch, Loader, Metric, Task
 
 

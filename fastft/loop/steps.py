@@ -2,8 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
+
+from torch.profiler import record_function
 
 from fastft.errors import TrainingInterrupted, TrainingStopped
 from fastft.loop.hooks import SaveHook
@@ -35,6 +38,7 @@ def run_loop(
     accumulate: int,
     ema: Ema | None,
     hooks: Sequence[Hook],
+    around: Callable[[int], AbstractContextManager[None]] = lambda index: contextlib.nullcontext(),
     saving: SaveHook,
     progress: Progress,
     run: Run,
@@ -44,6 +48,7 @@ def run_loop(
     From here on a signal lets the step finish.
 
     Args:
+        around: encloses each step, given its index; hooks run outside of it.
         saving: one of the hooks; also saves where a signal or a failing hook ends the run.
 
     Raises:
@@ -51,14 +56,18 @@ def run_loop(
     """
     with run.signals as signals:
         for index in steps:
-            began = time.perf_counter()
-            micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
-            result = step(index, micro_batches)
-            if ema is not None:
-                ema.update(index)
+            with around(index), record_function("fastft/step"):
+                began = time.perf_counter()
+                with record_function("fastft/data"):
+                    micro_batches = [next(batches).to(run.device) for _ in range(accumulate)]
+                result = step(index, micro_batches)
+                if ema is not None:
+                    with record_function("fastft/update"):
+                        ema.update(index)
+                seconds = time.perf_counter() - began
             done = index + 1
             samples = sum(batch.size for batch in micro_batches)
-            progress.step_seconds += time.perf_counter() - began
+            progress.step_seconds += seconds
             progress.advance(done)
             try:
                 for hook in hooks:

@@ -8,7 +8,9 @@ block runs alone under each way, forward and backward.
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from fastft.precision import Precision
 from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
 
-_REPEATS = 5
+_ROUNDS, _REPEATS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -149,46 +151,55 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
     return marks.rest
 
 
-def measure_block(
-    block: Block,
-    forward: Callable[..., Any],
-    call: Call,
-    way: str,
-    precision: Precision,
-    meter: Meter,
-) -> Choice:
-    """One block alone, one way: bytes kept, highest bytes forward and backward, time."""
-    parameters = list(block.module.parameters())
+class _Trial:
+    """One block alone, one way.
 
-    def run_forward() -> list[Tensor]:
-        for parameter in parameters:
-            parameter.grad = None
-        arguments, keywords = call.fresh()
+    Args:
+        forward: the block's, run that way.
+        call: what it is called with.
+    """
+
+    def __init__(
+        self, block: Block, forward: Callable[..., Any], call: Call, precision: Precision
+    ) -> None:
+        self._parameters = list(block.module.parameters())
+        self._forward, self._call, self._precision = forward, call, precision
+
+    def run_forward(self) -> list[Tensor]:
+        """Differentiable outputs."""
+        self.drop_gradients()
+        arguments, keywords = self._call.fresh()
         # Entered for each call, as in a step: it caches the weights that it casts.
-        with precision.autocast():
-            output = forward(*arguments, **keywords)
+        with self._precision.autocast():
+            output = self._forward(*arguments, **keywords)
         return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
 
-    def run_backward(outputs: list[Tensor]) -> None:
+    def run(self, outputs: list[Tensor] | None = None) -> None:
+        """Backward of the outputs, of a new forward without them."""
+        outputs = self.run_forward() if outputs is None else outputs
         torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
 
+    def drop_gradients(self) -> None:
+        """As a step begins."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def measure_block(trial: _Trial, way: str, meter: Meter) -> Choice:
+    """Bytes kept, and the highest forward and backward; the time is left at 0."""
     # The first compiles, and libraries make their workspaces.
-    run_backward(run_forward())
-    for parameter in parameters:
-        parameter.grad = None
+    trial.run()
+    trial.drop_gradients()
     meter.reset_peak()
     start = meter.allocated()
-    outputs = run_forward()
+    outputs = trial.run_forward()
     kept, forward_bytes = meter.allocated() - start, meter.peak() - start
     meter.reset_peak()
     start = meter.allocated()
-    run_backward(outputs)
+    trial.run(outputs)
     backward_bytes = meter.peak() - start
-    del outputs
-    seconds = meter.seconds(lambda: run_backward(run_forward()), _REPEATS)
-    for parameter in parameters:
-        parameter.grad = None
-    return Choice(way, max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0), seconds)
+    trial.drop_gradients()
+    return Choice(way, max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0), 0.0)
 
 
 def measure_blocks(
@@ -198,15 +209,27 @@ def measure_blocks(
     names: Sequence[str],
     meter: Meter,
 ) -> dict[str, dict[str, Choice]]:
-    """Block name -> way -> its cost, for the named ways; each distinct block is measured once."""
+    """Block name -> way -> its cost, for the named ways; each distinct block is measured once.
+
+    All ways of a block are timed in turns, so that a device that changes its clock changes it for
+    all of them.
+    """
     costs: dict[str, dict[str, Choice]] = {}
     for members in distinct_blocks(step.task, calls).values():
         first = members[0]
-        found = {}
-        for name in names:
-            forward = forwards.forward(first.name, name)
-            call = calls[first.name]
-            found[name] = measure_block(first, forward, call, name, step.precision, meter)
+        trials = {
+            name: _Trial(
+                first, forwards.forward(first.name, name), calls[first.name], step.precision
+            )
+            for name in names
+        }
+        found = {name: measure_block(trial, name, meter) for name, trial in trials.items()}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _, (name, trial) in itertools.product(range(_ROUNDS), trials.items()):
+            times[name].append(meter.seconds(trial.run, _REPEATS))
+            trial.drop_gradients()
+        for name, seconds in times.items():
+            found[name] = dataclasses.replace(found[name], seconds=statistics.median(seconds))
         costs.update({block.name: found for block in members})
     return costs
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from fastft.atomic import writing_explained, written_whole
 from fastft.errors import CheckpointError
 
@@ -72,6 +74,12 @@ class MetricWriter:
             with writing_explained(self._path):
                 self._events.add_text(self._first_step, tag, markdown)
 
+    def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
+        """Shows uint8 pixels [H, W, 3] in TensorBoard; without TensorBoard does nothing."""
+        if self._events is not None:
+            with writing_explained(self._path):
+                self._events.add_image(step, tag, pixels)
+
     def close(self) -> None:
         """Closes both logs."""
         with writing_explained(self._path), contextlib.ExitStack() as stack:
@@ -126,6 +134,10 @@ class _EventFile:
 
     def add_text(self, step: int, tag: str, markdown: str) -> None:
         self._add(step, summary=self._summary.text(tag, markdown))
+        self._file.flush()
+
+    def add_image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        self._add(step, summary=self._summary.image(tag, pixels, dataformats="HWC"))
         self._file.flush()
 
     def close(self) -> None:

@@ -238,8 +238,8 @@ def _run_forward(
 
 def _forward_fake(x, scale, shift, residual, eps, out_dtype):
     rows = x.numel() // x.shape[-1]
-    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=out_dtype), *statistics
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
 def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
