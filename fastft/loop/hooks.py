@@ -16,6 +16,7 @@ from fastft.loop.progress import Progress, peak_memory_gib
 from fastft.loop.scoring import score
 from fastft.loop.state import TrainingState
 from fastft.metrics import MetricWriter
+from fastft.profiling.compiled import CompileWatch
 from fastft.step import StepResult, TrainingStep
 from fastft.task import Loader, Metric
 
@@ -80,6 +81,7 @@ class LogHook:
         ]
         self._total = config.run.steps
         self._samples_per_pass = samples_per_pass
+        self._compile = CompileWatch() if config.step.compile != "off" else None
         self._losses: list[Tensor] = []
         self._samples = 0
         self._first = True
@@ -118,8 +120,12 @@ class LogHook:
         values["train/passes"] = done * samples / self._samples_per_pass
         for name, lr in self._step.optimizer.learning_rates(done - 1).items():
             values[f"lr/{name}"] = lr
+        compiled, messages = self._compile.look() if self._compile else ({}, [])
+        values.update(compiled)
         self._writer.write(done, values)
         self._progress.report(done, values)
+        for message in messages:
+            self._progress.message(f"step {done}: {message}")
         self._warn(done, values)
         self._losses, self._samples = [], 0
 

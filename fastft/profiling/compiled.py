@@ -34,6 +34,35 @@ def compile_facts(graphs_before: int) -> CompileFacts:
     )
 
 
+class CompileWatch:
+    """Counts graphs and graph breaks, and says when one comes after the first look.
+
+    By the first look everything that a step needs has been compiled, unless shapes vary.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: int | None = None
+        self._breaks: dict[str, int] = {}
+
+    def look(self) -> tuple[dict[str, float], list[str]]:
+        """Values to log, and what to tell the user; both empty while nothing is compiled."""
+        facts = compile_facts(self._graphs or 0)
+        if not facts.graphs:
+            return {}, []
+        messages = [
+            f"torch.compile left a graph: {' '.join(reason.split())}"
+            for reason in facts.graph_breaks.keys() - self._breaks.keys()
+        ]
+        if self._graphs is not None and facts.graphs_in_window:
+            why = " ".join(facts.recompiles[-1].split()) if facts.recompiles else "a new input"
+            messages.append(
+                f"torch.compile compiled again, graphs: {facts.graphs_in_window}; {why}"
+            )
+        self._graphs, self._breaks = facts.graphs, dict(facts.graph_breaks)
+        breaks = float(sum(facts.graph_breaks.values()))
+        return {"compile/graphs": float(facts.graphs), "compile/graph_breaks": breaks}, messages
+
+
 def _dynamo() -> Any:
     """torch's module, None where nothing has imported it: that takes a second."""
     return sys.modules.get("torch._dynamo.utils")
