@@ -132,6 +132,8 @@ class BlockForwards:
                 forward = compiled(forward, self._precision, block.dynamic, backend=backend)
                 if way.recompute:
                     self._made[block.name, KEEP.name] = forward
+        else:
+            forward = _without_cache(forward, self._precision) if way != KEEP else forward
         if way.recompute:
             return functools.partial(checkpoint, forward, use_reentrant=False)
         if way.operators is not None:
@@ -160,6 +162,16 @@ def compiled(
             return forward(*arguments, **keywords)
 
     return torch.compile(run, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
+
+
+def _without_cache(forward: Forward, precision: Precision) -> Forward:
+    """Autocast that does not hold on to the weights it has cast until the forward pass ends."""
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with precision.autocast(cache=False):
+            return forward(*arguments, **keywords)
+
+    return run
 
 
 def allow_graphs(count: int) -> None:

@@ -120,6 +120,19 @@ def schedule_factor(config: ScheduleConfig, step: int, total: int) -> float:
             return config.gamma ** (after // config.step_size)
 
 
+# Of both moments, per parameter. 8 bits: two codes, and an exponent for every 128 of either.
+MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 2 / 128}
+
+
+def state_bytes(config: OptimConfig) -> float:
+    """What the optimizer keeps per trained fp32 parameter, in bytes."""
+    if config.name == "sgd":
+        return 4.0
+    if config.name == "rmsprop":
+        return 8.0 if config.momentum else 4.0
+    return MOMENT_BYTES[config.moments]
+
+
 class Optimizer:
     """A torch optimizer over the groups, with its schedule.
 
@@ -139,7 +152,7 @@ class Optimizer:
         kernels: Kernels = TORCH_ONLY,
         seed: int = 0,
     ) -> None:
-        self.groups = groups
+        self.groups, self.config = groups, config
         self._schedule = config.schedule
         self._total_steps = total_steps
         self._inner = _make_inner(groups, config, kernels, seed)

@@ -18,9 +18,9 @@ from sklearn.datasets import load_digits
 
 from fastft.config import RunConfig
 from fastft.evaluate import evaluate, export
+from fastft.precision import make_precision
 from fastft.runfile import read_run_file
 from fastft.runtime import environment, find_device
-from fastft.step import make_precision
 from fastft.train import train
 
 FOLDER = Path("runs/quickstart")

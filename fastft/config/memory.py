@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from fastft.config.base import describe, strict
@@ -24,16 +25,21 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2]])
 
 
+def _checked(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
 @dataclass(frozen=True, kw_only=True, config=strict)
 class MemoryConfig:
     """What may be kept for the backward pass, and what is computed again."""
 
     budget: Annotated[
-        str | None,
+        Annotated[str, AfterValidator(_checked)] | None,
         describe(
             "GPU memory that the run may take, as '80GB' (80e9 bytes) or '22GiB'; default: what"
             " the device has. Enforced.",
-            pattern=_SIZE,
+            json_schema_extra={"pattern": _SIZE},
         ),
     ] = None
     plan: Annotated[

@@ -100,7 +100,11 @@ class _Marks:
         self._at: dict[str, int] = {}
 
     def before_first(self, module: nn.Module, arguments: Any) -> None:
-        if "first" not in self._at:
+        if "first" in self._at:
+            # A later micro-batch: what its blocks take is not of the part before them.
+            self.close()
+            self._at.pop("stem", None)
+        else:
             self._at["first"] = self._meter.allocated()
             self.rest.before = max(0, self._at["first"] - self.rest.fixed)
             _on_gradient(arguments, self.after_blocks)
@@ -208,6 +212,7 @@ def measure_blocks(
     calls: dict[str, Call],
     names: Sequence[str],
     meter: Meter,
+    rounds: int = _ROUNDS,
 ) -> dict[str, dict[str, Choice]]:
     """Block name -> way -> its cost, for the named ways; each distinct block is measured once.
 
@@ -223,9 +228,18 @@ def measure_blocks(
             )
             for name in names
         }
-        found = {name: measure_block(trial, name, meter) for name, trial in trials.items()}
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for _, (name, trial) in itertools.product(range(_ROUNDS), trials.items()):
+        found = {}
+        for name in list(trials):
+            try:
+                found[name] = measure_block(trials[name], name, meter)
+            except RuntimeError:
+                # Out of memory, or selective checkpointing of a block that works in place: one way
+                # less to choose from. The last must work.
+                if name == names[-1]:
+                    raise
+                trials.pop(name).drop_gradients()
+        times: dict[str, list[float]] = {name: [] for name in found}
+        for _, (name, trial) in itertools.product(range(rounds), trials.items()):
             times[name].append(meter.seconds(trial.run, _REPEATS))
             trial.drop_gradients()
         for name, seconds in times.items():
@@ -247,14 +261,17 @@ def assemble_costs(
     blocks = tuple(
         BlockCosts(
             block.name,
-            tuple(measured[block.name].values()),
+            tuple(
+                dataclasses.replace(choice, seconds=micro_batches * choice.seconds)
+                for choice in measured[block.name].values()
+            ),
             0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
         )
         for block in step.task.blocks
         if block.name in measured
     )
     all_gradients = sum(p.nbytes for p in step.optimizer.parameters.values() if p.requires_grad)
-    frugal = micro_batches * math.fsum(block.choices[-1].seconds for block in blocks)
+    frugal = math.fsum(block.choices[-1].seconds for block in blocks)
     costs = StepCosts(
         blocks=blocks,
         fixed_bytes=rest.fixed + (all_gradients if several else 0),
@@ -277,7 +294,10 @@ def _signature(module: nn.Module, call: Call) -> str:
         (tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, Tensor) else repr(x)
         for x in tree_leaves((call.arguments, call.keywords))
     ]
-    return repr((type(module).__qualname__, parameters, inputs))
+    # What is inside may differ where the parameters do not: a mask, an activation.
+    inside = [type(m).__qualname__ for m in module.modules()]
+    buffers = [(n, tuple(b.shape), b.dtype) for n, b in module.named_buffers()]
+    return repr((inside, buffers, parameters, inputs))
 
 
 def _detached(value: Any) -> Any:

@@ -22,11 +22,12 @@ from fastft.memory.measure import (
 )
 from fastft.memory.meter import DeviceMeter
 from fastft.memory.solve import Solution, StepCosts, peak_bytes, smallest_peak, solve
+from fastft.optim import MOMENT_BYTES, state_bytes
 from fastft.step import TrainingStep
 from fastft.task import Batch
 
 # What the allocator may lose to rounding and gaps between tensors.
-_SLACK = 0.01
+SLACK = 0.01
 _ATTEMPTS = 6
 GIB = 2**30
 
@@ -71,6 +72,9 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
     """
     try:
         plan = Plan(**json.loads(path.read_text()))
+        ways = plan.ways
+        if not (isinstance(ways, dict) and all(isinstance(way, str) for way in ways.values())):
+            raise TypeError("its ways must be names of ways by block")
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{path}: must be a plan.json that fastft wrote; {error}") from error
     blocks = forwards.blocks
@@ -123,7 +127,8 @@ def measure_costs(
     rehearse(step, batches)
     calls = capture_calls(step, batches[0])
     meter = DeviceMeter(step.precision.device)
-    measured = measure_blocks(step, forwards, calls, list(forwards.ways), meter)
+    with step.rehearsal():
+        measured = measure_blocks(step, forwards, calls, list(forwards.ways), meter)
     del calls
     _clean()
     return assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
@@ -152,16 +157,16 @@ def make_plan(
     if peak is not None:
         return Plan(limit, dict(forwards.chosen), peak_bytes=peak)
     if not forwards.blocks:
-        raise PlanError(_nothing_fits(step, None, batches, limit))
+        raise PlanError(nothing_fits(step, None, batches, limit))
     console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     _clean()
     try:
         costs = measure_costs(step, forwards, batches)
     except torch.OutOfMemoryError as error:
-        raise PlanError(_nothing_fits(step, None, batches, limit)) from error.with_traceback(None)
+        raise PlanError(nothing_fits(step, None, batches, limit)) from error.with_traceback(None)
     best = _search(step, forwards, batches, limit, costs)
     if best is None:
-        raise PlanError(_nothing_fits(step, costs, batches, limit))
+        raise PlanError(nothing_fits(step, costs, batches, limit))
     forwards.use(best.ways)
     return best
 
@@ -174,7 +179,7 @@ def _search(
     costs: StepCosts,
 ) -> Plan | None:
     """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again."""
-    room, best = round(limit * (1 - _SLACK)), None
+    room, best = round(limit * (1 - SLACK)), None
     tried: list[Mapping[str, str]] = []
     for _ in range(_ATTEMPTS):
         solution = solve(costs, room)
@@ -187,7 +192,9 @@ def _search(
             room = round(min(room, solution.peak_bytes) * 0.98)
             continue
         if best is None or solution.seconds < (best.predicted_seconds or 0):
-            best = Plan(limit, ways, solution.peak_bytes, solution.seconds, peak)
+            # Not `ways`: a block that is never called is not in the costs.
+            chosen = dict(forwards.chosen)
+            best = Plan(limit, chosen, solution.peak_bytes, solution.seconds, peak)
         missed = peak - solution.peak_bytes
         costs = replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
     return best
@@ -228,34 +235,40 @@ def _clean() -> None:
     torch.cuda.empty_cache()
 
 
-def _nothing_fits(
+def nothing_fits(
     step: TrainingStep, costs: StepCosts | None, batches: Sequence[Batch], limit: int
 ) -> list[str]:
     """What is missing, and what would help."""
     parameters = step.optimizer.parameters.values()
     trained = sum(p.numel() for p in parameters)
     held = sum(p.nbytes for p in (*step.task.model.parameters(), *parameters))
+    config = step.optimizer.config
+    now = state_bytes(config)
     lines = [
         f"memory.budget: no plan fits {limit / GIB:.2f} GiB, even with every block recomputed;"
-        f" weights and gradients take {held / GIB:.2f} GiB, the optimizer's state up to"
-        f" {8 * trained / GIB:.2f} GiB"
+        f" weights and gradients take {held / GIB:.2f} GiB, the optimizer's state"
+        f" {now * trained / GIB:.2f} GiB"
     ]
     if costs is not None:
         least, picks = smallest_peak(costs)
         assert peak_bytes(costs, picks) == least
         size = batches[0].size
         activations = least - costs.fixed_bytes
-        room = limit * (1 - _SLACK) - costs.fixed_bytes
+        room = limit * (1 - SLACK) - costs.fixed_bytes
         lines[0] += f"; the least peak is {least / GIB:.2f} GiB"
-        if room > 0 and activations > 0 and (fitting := int(size * room / activations)) >= 1:
+        if room > 0 and activations > 0 and 1 <= (fitting := int(size * room / activations)) < size:
             lines.append(
                 f"data.batch_size: about {fitting} of {size} would fit; set it and raise"
                 " step.accumulate to keep the batch"
             )
-    lines.append(
-        f"optim.moments: 'bf16' saves {4 * trained / GIB:.2f} GiB, '8bit'"
-        f" {6 * trained / GIB:.2f} GiB; finetune.method = 'lora' or freezing saves more"
-    )
+    savings = [
+        f"'{layout}' saves {(now - size) * trained / GIB:.2f} GiB"
+        for layout, size in MOMENT_BYTES.items()
+        if config.name in ("adam", "adamw") and size < now
+    ]
+    if savings:
+        lines.append(f"optim.moments: {', '.join(savings)}")
+    lines.append("finetune: method = 'lora', or freezing what need not be trained, saves most")
     return lines
 
 

@@ -12,13 +12,15 @@ import torch
 from rich.console import Console
 
 from fastft.assemble import assemble
+from fastft.blocks import compile_task
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
 from fastft.fused import choose_kernels, fuse_layer_norms
 from fastft.optim import Optimizer, make_groups
+from fastft.precision import make_precision
 from fastft.runfile import parse
-from fastft.step import Ema, TrainingStep, compile_task, make_precision
+from fastft.step import Ema, TrainingStep
 from fastft.train import train
 
 pytestmark = pytest.mark.gpu

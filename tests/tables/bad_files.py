@@ -11,6 +11,7 @@ from cases import (
     case,
     each,
     pickle_code,
+    replace,
     save_with_code,
     train,
     truncate,
@@ -213,6 +214,21 @@ WHERE = [
         before=train,
     ),
     case(
+        "no memory plan",
+        "train run.toml memory.plan=absent.json",
+        "absent.json: must be a plan.json that fastft wrote; [Errno 2] No such file or directory:"
+        " 'absent.json'",
+    ),
+    case(
+        "memory plan of other blocks",
+        "train run.toml memory.plan=plan.json",
+        "plan.json: must name the blocks of this model; 1 differ, the first is 'blocks.1'; make a"
+        " new plan",
+        "plan.json: 'keep mat' is no way to run a block with step.compile = 'off'; did you mean"
+        " 'keep matmuls'?",
+        before=write("plan.json", b'{"budget_bytes": 1, "ways": {"blocks.0": "keep mat"}}'),
+    ),
+    case(
         "no GPU",
         "train run.toml run.device=cuda",
         "run.device: must be a device of this machine; got 'cuda' with 0 GPUs; use 'auto' or 'cpu'",
@@ -269,5 +285,51 @@ OTHER_COMMANDS = [
         "nothing to show",
         "show absent.pt",
         "absent.pt: must be a checkpoint; got no such file; check the path",
+    ),
+    case(
+        "plan to be measured without a GPU",
+        "plan run.toml",
+        "run.device: must be a GPU for plans that are measured; got a CPU; add --no-device for an"
+        " estimate",
+    ),
+    case(
+        "plan for no budget",
+        "plan run.toml --no-device",
+        "memory.budget: must be set where there is no device to ask; got nothing; set it, or add"
+        " --budget 80GB,40GB",
+    ),
+    case(
+        "plan for budgets that are no sizes",
+        "plan run.toml --no-device --budget 80GB,40gb,",
+        "--budget: must be a size such as '80GB' or '22GiB'; got '40gb'; correct it",
+        "--budget: must be a size such as '80GB' or '22GiB'; got ''; correct it",
+    ),
+    case(
+        "plan of a model without blocks",
+        "plan run.toml --no-device --budget 8GB",
+        "model: must have repeated blocks to choose for; the adapter names none; lower"
+        " data.batch_size and raise step.accumulate to save memory",
+        before=ONE_BLOCK,
+    ),
+    case(
+        "plan of a model that is compiled whole",
+        "plan run.toml --no-device --budget 8GB step.compile=model",
+        "step.compile: must be 'blocks' or 'off' for a plan; got 'model', where no block is left to"
+        " choose for; change it",
+    ),
+    case(
+        "plan of a model that reads values",
+        "plan run.toml --no-device --budget 8GB",
+        "--no-device: model and loss must run on tensors without values; got"
+        " DataDependentOutputException: aten._local_scalar_dense.default; plan on a GPU instead",
+        before=replace("model.py", "return self.head(", "return x.sum().item() * self.head("),
+    ),
+    case(
+        "plan for too little memory",
+        "plan run.toml --no-device --budget 500MB",
+        "500MB: memory.budget: no plan fits 0.00 GiB, even with every block recomputed; weights and"
+        " gradients take 0.00 GiB, ...; the least peak is 0.00 GiB",
+        "500MB: optim.moments: 'bf16' saves 0.00 GiB, '8bit' saves 0.00 GiB",
+        "500MB: finetune: method = 'lora', or freezing what need not be trained, saves most",
     ),
 ]

@@ -96,6 +96,31 @@ RUN_FILE = [
         "run.toml: gradients.zclip.decay: must be less than 1; got 1",
     ),
     case(
+        "budget without a unit",
+        "train run.toml memory.budget=80",
+        "run.toml: memory.budget: must be text in quotes; got 80",
+    ),
+    case(
+        "budget of no size",
+        "train run.toml memory.budget='80'",
+        "run.toml: memory.budget: must be a size such as '80GB' or '22GiB'; got '80'",
+    ),
+    case(
+        "budget of nothing",
+        "train run.toml memory.budget=0GB",
+        "run.toml: memory.budget: must be a size such as '80GB' or '22GiB'; got '0GB'",
+    ),
+    case(
+        "budget in an unknown unit",
+        "train run.toml memory.budget=80gb",
+        "run.toml: memory.budget: must be a size such as '80GB' or '22GiB'; got '80gb'",
+    ),
+    case(
+        "budget in words",
+        "train run.toml memory.budget=lots",
+        "run.toml: memory.budget: must be a size such as '80GB' or '22GiB'; got 'lots'",
+    ),
+    case(
         "no such device name",
         "train run.toml run.device=gpu",
         "run.toml: run.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N'; got \"gpu\"",
