@@ -5,22 +5,26 @@ blocks say what they keep by operator (selective checkpointing), compiled ones b
 that the partitioner may keep; both can keep only their inputs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from fastft.errors import ConfigError
+from fastft.errors import ConfigError, PlanError
 from fastft.precision import Precision
 from fastft.task import Block, Task
 
@@ -76,6 +80,8 @@ def ways(mode: str) -> tuple[Way, ...]:
 class BlockForwards:
     """Replaces the `forward` of a task's blocks, any number of times; names stay as they are.
 
+    Without gradients, as in an evaluation, every block runs as if it kept everything.
+
     Args:
         task: its blocks' present forwards are the ones that run, whatever way is chosen.
         mode: `step.compile`, 'off' or 'blocks'.
@@ -95,7 +101,7 @@ class BlockForwards:
         self.ways = {way.name: way for way in ways(mode)}
         self.chosen: dict[str, str] = {}
         self.blocks = {block.name: block for block in task.blocks}
-        self._original = {block.name: block.module.forward for block in task.blocks}
+        self._original = {block.name: _unbound(block.module) for block in task.blocks}
         self._made: dict[tuple[str, str], Forward] = {}
         self._precision = precision
         if mode == "blocks":
@@ -115,31 +121,129 @@ class BlockForwards:
         """Runs every block the same way."""
         self.use(dict.fromkeys(self.blocks, way.name))
 
-    def forward(self, name: str, way_name: str) -> Forward:
-        """A block's forward, run the given way; made once."""
-        key = (name, way_name)
+    def forward(self, name: str, way: str) -> Forward:
+        """A block's forward, run the given way."""
+        # Bound, so that a deep copy of the module computes with the copy's weights.
+        return types.MethodType(self._function(name, way), self.blocks[name].module)
+
+    def _function(self, name: str, way: str) -> Forward:
+        """`function(module, *arguments)`; made once."""
+        key = (name, way)
         if key not in self._made:
-            self._made[key] = self._make(self.blocks[name], self.ways[way_name])
+            self._made[key] = self._make(self.blocks[name], self.ways[way])
         return self._made[key]
 
     def _make(self, block: Block, way: Way) -> Forward:
         forward = self._original[block.name]
-        if self.mode == "blocks":
-            if way.recompute and (block.name, KEEP.name) in self._made:
-                forward = self._made[block.name, KEEP.name]
-            else:
-                backend = _backend(way.share) if way.share < 1 else "inductor"
-                forward = compiled(forward, self._precision, block.dynamic, backend=backend)
-                if way.recompute:
-                    self._made[block.name, KEEP.name] = forward
-        else:
-            forward = _without_cache(forward, self._precision) if way != KEEP else forward
-        if way.recompute:
-            return functools.partial(checkpoint, forward, use_reentrant=False)
-        if way.operators is not None:
-            keep = functools.partial(_selective, frozenset(way.operators))
-            return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=keep)
-        return forward
+        if self.mode == "blocks" and not way.recompute:
+            backend = _backend(way.share) if way.share < 1 else "inductor"
+            forward = compiled(forward, self._precision, block.dynamic, backend=backend)
+        if way == KEEP:
+            return forward
+        keep = self._function(block.name, KEEP.name)
+        if way.recompute and self.mode == "blocks":
+            # No change of autocast's state around a compiled graph: it would be compiled again.
+            forward = keep
+        elif self.mode == "off":
+            forward = functools.partial(_without_cast_cache, forward)
+        if way.recompute or way.operators is not None:
+            forward = _checkpointed(forward, way.operators)
+
+        def run(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+            chosen = forward if torch.is_grad_enabled() else keep
+            return chosen(module, *arguments, **keywords)
+
+        return run
+
+
+def _unbound(module: nn.Module) -> Forward:
+    """The module's forward as a function that takes the module first."""
+    forward = module.forward
+    if getattr(forward, "__self__", None) is module:
+        return cast(types.MethodType, forward).__func__
+    return lambda _, *arguments, **keywords: forward(*arguments, **keywords)
+
+
+def _checkpointed(forward: Forward, operators: tuple[str, ...] | None) -> Forward:
+    """Runs `forward(module, ...)` again in the backward pass, but for the operators' outputs."""
+
+    def run(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        # Keywords are bound, because `checkpoint` has some of the same names.
+        outputs = checkpoint(
+            functools.partial(forward, module, **keywords),
+            *arguments,
+            use_reentrant=False,
+            context_fn=functools.partial(_contexts, module, operators),
+        )
+        if operators is not None:
+            for output in tree_leaves(outputs):
+                if isinstance(output, Tensor) and output.requires_grad:
+                    output.register_hook(_refuse_second_derivatives)
+        return outputs
+
+    return run
+
+
+def _without_cast_cache(forward: Forward, *arguments: Any, **keywords: Any) -> Any:
+    """Autocast must not hold on to the weights it has cast until the forward pass ends."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return forward(*arguments, **keywords)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _contexts(module: nn.Module, operators: tuple[str, ...] | None) -> tuple[Any, Any]:
+    """What the first and the second forward of a checkpointed block run in."""
+    if operators is None:
+        return contextlib.nullcontext(), _Recomputing(module, contextlib.nullcontext())
+
+    def policy(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+        kept = operator._schema.name.partition("::")[2] in operators
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    first, again = create_selective_checkpoint_contexts(policy)
+    return first, _Recomputing(module, again)
+
+
+class _Recomputing:
+    """A second forward, in which batch norms must not move their running statistics again."""
+
+    def __init__(self, module: nn.Module, inner: contextlib.AbstractContextManager[Any]) -> None:
+        self._module, self._inner = module, inner
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        buffers = running_statistics(self._module).values()
+        self._kept = [(buffer, buffer.clone()) for buffer in buffers]
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        for buffer, old in self._kept:
+            # Past the version counter: the norm may have saved the buffer for its backward.
+            buffer.data.copy_(old)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of batch norms and their kin, by name."""
+    kind = nn.modules.batchnorm._NormBase
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, kind)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _refuse_second_derivatives(gradient: Tensor) -> None:
+    # torch computes wrong ones here, without a word.
+    if torch.is_grad_enabled():
+        raise PlanError(
+            "memory.plan: blocks that keep the outputs of some operators cannot be differentiated"
+            " twice, as a loss on gradients does; make a new plan, or set memory.plan = 'off'"
+        )
 
 
 def compiled(
@@ -162,16 +266,6 @@ def compiled(
             return forward(*arguments, **keywords)
 
     return torch.compile(run, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
-
-
-def _without_cache(forward: Forward, precision: Precision) -> Forward:
-    """Autocast that does not hold on to the weights it has cast until the forward pass ends."""
-
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        with precision.autocast(cache=False):
-            return forward(*arguments, **keywords)
-
-    return run
 
 
 def allow_graphs(count: int) -> None:
@@ -213,11 +307,3 @@ def _backend(share: float) -> Callable[..., Any]:
             return inductor.compile_fx(graph, inputs, **options)
 
     return backend
-
-
-def _selective(keep: frozenset[str]) -> tuple[Any, Any]:
-    def policy(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-        name = operator._schema.name.partition("::")[2]
-        return CheckpointPolicy.MUST_SAVE if name in keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)

@@ -23,16 +23,12 @@ class Precision:
     name: str
     device: torch.device
 
-    def autocast(self, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to bf16 or fp16, or nothing.
-
-        Args:
-            cache: keep weights that were cast until the outermost autocast ends.
-        """
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to bf16 or fp16, or nothing."""
         dtype = _AUTOCAST.get(self.name)
         if dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype, cache_enabled=cache)
+        return torch.autocast(self.device.type, dtype=dtype)
 
 
 def make_precision(name: str, device: torch.device) -> Precision:

@@ -315,7 +315,6 @@ def statistics_after_a_step(way: Way, *, inplace: bool) -> dict[str, Tensor]:
     return dict(task.model.named_buffers())
 
 
-@pytest.mark.xfail(strict=True, reason="a recomputed batch norm moves its statistics again")
 @pytest.mark.parametrize("way", FRUGAL, ids=lambda way: way.name)
 def test_running_statistics_move_once(way: Way) -> None:
     expected = statistics_after_a_step(KEEP, inplace=False)

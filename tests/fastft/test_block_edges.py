@@ -1,0 +1,106 @@
+"""Ways to run a block where a model does more than call it once."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastft.blocks import EAGER, RECOMPUTE, BlockForwards, Way
+from fastft.errors import PlanError
+from fastft.precision import make_precision
+from fastft.task import Block, Loss, Task
+
+CPU = torch.device("cpu")
+every_way = pytest.mark.parametrize("way", EAGER, ids=lambda way: way.name)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, debug: int = 0) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x))) * (1 + debug)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            # `checkpoint` has an argument of this name.
+            x = layer(x, debug=1)
+        return x
+
+
+def make() -> tuple[Stack, BlockForwards]:
+    torch.manual_seed(0)
+    model = Stack().double()
+    blocks = tuple(Block(f"layers.{i}", layer) for i, layer in enumerate(model.layers))
+    task = Task(model, lambda model, batch: Loss(torch.zeros(())), blocks)
+    return model, BlockForwards(task, "off", make_precision("fp32", CPU))
+
+
+@every_way
+def test_keywords_reach_the_block(way: Way) -> None:
+    model, forwards = make()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    expected = model(x)
+    forwards.use_everywhere(way)
+    assert torch.equal(model(x), expected)
+
+
+@every_way
+def test_a_deep_copy_has_its_own_weights(way: Way) -> None:
+    model, forwards = make()
+    forwards.use_everywhere(way)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert torch.equal(other(x), x)
+
+
+@every_way
+def test_a_loss_on_gradients_is_right_or_refused(way: Way) -> None:
+    def weight_gradients(model: Stack) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8).requires_grad_()
+        (force,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        weights = [layer.up.weight for layer in model.layers]
+        return list(torch.autograd.grad(force.square().sum(), weights))
+
+    model, forwards = make()
+    expected = weight_gradients(model)
+    forwards.use_everywhere(way)
+    if way.operators is not None:
+        with pytest.raises(PlanError, match="cannot be differentiated twice"):
+            weight_gradients(model)
+        return
+    for got, want in zip(weight_gradients(model), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@every_way
+def test_autocast_that_a_model_switches_off_stays_off(way: Way) -> None:
+    model, forwards = make()
+    model.float()
+    forwards.use_everywhere(way)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert model(torch.randn(4, 8)).dtype == torch.float32
+
+
+def test_the_cache_of_casts_is_off_inside() -> None:
+    seen: list[bool] = []
+    model, forwards = make()
+    model.layers[0].up.register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_cache_enabled())
+    )
+    forwards.use_everywhere(RECOMPUTE)
+    model(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
+    # Forward and recomputation; otherwise every cast weight would stay until autocast ends.
+    assert seen == [False, False]
+    assert torch.is_autocast_cache_enabled()
