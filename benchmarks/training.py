@@ -32,14 +32,9 @@ from benchmarks.models import Decoder, markov_tokens, prototype_images
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, compile_task
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, ScheduleConfig, parse_bytes
 from fastft.fused import choose_kernels
+from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.measure import rehearse
-from fastft.memory.plan import (
-    GIB,
-    budget_bytes,
-    enforce,
-    make_plan,
-    measure_costs,
-)
+from fastft.memory.plan import make_plan, measure_costs
 from fastft.memory.solve import peak_bytes, smallest_peak
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
@@ -229,7 +224,7 @@ def main() -> None:
             planned_in_s=spent,
             ways=plan.summary(),
         )
-        enforce(torch.cuda.get_device_properties(DEVICE).total_memory, DEVICE)
+        enforce(None, DEVICE)
     _report(rows, arguments.case, arguments.out)
 
 

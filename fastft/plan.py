@@ -21,6 +21,7 @@ from fastft.config import RunConfig, parse_bytes
 from fastft.data import open_loader
 from fastft.errors import ConfigError, PlanError
 from fastft.finetune import set_train_mode, staged_names
+from fastft.memory.budget import GIB, SLACK, budget_bytes, nothing_fits
 from fastft.memory.fake import (
     FakeMeter,
     Unfilled,
@@ -31,15 +32,7 @@ from fastft.memory.fake import (
     on_fake_tensors,
 )
 from fastft.memory.picture import Panel, draw_timeline
-from fastft.memory.plan import (
-    GIB,
-    SLACK,
-    Plan,
-    budget_bytes,
-    measure_costs,
-    nothing_fits,
-    picked,
-)
+from fastft.memory.plan import Plan, measure_costs, picked
 from fastft.memory.solve import Solution, StepCosts, smallest_peak, solve
 from fastft.runtime import open_run
 from fastft.step import Ema, TrainingStep

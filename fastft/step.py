@@ -19,6 +19,7 @@ from fastft.fused import TORCH_ONLY, Kernels
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
 from fastft.optim import Optimizer
 from fastft.precision import Precision
+from fastft.runtime import rng_state, set_rng_state
 from fastft.task import Batch, Loss, LossFunction, Task
 
 
@@ -122,21 +123,22 @@ class TrainingStep:
     def rehearsal(self) -> Iterator[None]:
         """Steps in this context are whole ones, and leave everything as it was before them.
 
-        The optimizer may hold fresh state after it (see `Optimizer.forget`).
+        Of the model that is its buffers, and numbers, text and None among its modules' attributes;
+        it may hold new attributes after it, and the optimizer fresh state (`Optimizer.forget`).
         """
-        devices = [self.precision.device] if self.precision.device.type == "cuda" else []
-        buffers = list(self.task.model.buffers())
-        kept = [buffer.clone() for buffer in buffers]
+        device = self.precision.device
+        generators = rng_state(device)
+        restore = [_memory_of(module) for module in self.task.model.modules()]
         untouched, self._rehearsing = self._untouched, True
         try:
-            with self.guard.unchanged(), torch.random.fork_rng(devices):
+            with self.guard.unchanged():
                 yield
         finally:
             self._untouched, self._rehearsing = untouched, False
             self.optimizer.zero_grad()
-            with torch.no_grad():
-                for buffer, old in zip(buffers, kept, strict=True):
-                    buffer.copy_(old)
+            for module in restore:
+                module()
+            set_rng_state(generators, device)
 
     def update_ratios(self) -> dict[str, Tensor]:
         """'group/<name>' and 'layer/<name>' -> L2 norm of the last update over the weights'.
@@ -175,6 +177,42 @@ def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, kind)
         for name, buffer in module.named_buffers(recurse=False)
     }
+
+
+def _memory_of(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's own buffers and plain attributes back as they are now."""
+    buffers = {
+        name: (buffer, None if buffer is None else _once(buffer).clone())
+        for name, buffer in module._buffers.items()
+    }
+    # A buffer may come with a number that says what it holds, such as the length of a cache.
+    plain = {n: value for n, value in vars(module).items() if isinstance(value, _PLAIN)}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for name, (buffer, old) in buffers.items():
+            if buffer is not None and old is not None:
+                _once(buffer).copy_(old)
+            if module._buffers.get(name) is not buffer:
+                setattr(module, name, buffer)
+        for name, value in plain.items():
+            if vars(module).get(name) is not value:
+                setattr(module, name, value)
+
+    return restore
+
+
+_PLAIN = (int, float, str, type(None))
+
+
+def _once(buffer: Tensor) -> Tensor:
+    """The part of an expanded tensor that its other elements repeat."""
+    if buffer.layout is not torch.strided:
+        return buffer
+    for dimension, stride in enumerate(buffer.stride()):
+        if stride == 0:
+            buffer = buffer.narrow(dimension, 0, min(1, buffer.shape[dimension]))
+    return buffer
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -23,10 +23,10 @@ from fastft.loop import (
     UnfreezeHook,
     check_evaluation,
     find_resumed,
-    rehearse,
     run_loop,
+    try_evaluation,
 )
-from fastft.memory import plan_memory
+from fastft.memory import out_of_memory_explained, plan_memory
 from fastft.metrics import make_metrics, open_writer
 from fastft.names import load_state_dict
 from fastft.profiling import open_profile
@@ -81,13 +81,13 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
         check_evaluation(config, metrics)
         if validation is not None:
-            rehearse(task, validation, metrics, precision)
+            try_evaluation(task, validation, metrics, precision)
         if dry_run:
             return None
         ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None
         set_train_mode(task.model, config.finetune.method)
         plan_memory(
-            config, step, forwards, loader.example(), staged, console, resumed=saved is not None
+            config, step, forwards, loader.example, staged, console, resumed=saved is not None
         )
         sizes = {source.name: len(source) for source in loader.sources}
         state = TrainingState(task, step, ema, run.device, sizes)
@@ -96,6 +96,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         unfreeze(task.model, staged, first)
         set_train_mode(task.model, config.finetune.method)
         with (
+            out_of_memory_explained(),
             loader,
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, total) as progress,

@@ -2,7 +2,7 @@
 
 from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook, check_evaluation
 from fastft.loop.progress import Progress
-from fastft.loop.scoring import rehearse, score
+from fastft.loop.scoring import score, try_evaluation
 from fastft.loop.state import TrainingState, find_resumed
 from fastft.loop.steps import Hook, run_loop
 
@@ -16,7 +16,7 @@ __all__ = [
     "UnfreezeHook",
     "check_evaluation",
     "find_resumed",
-    "rehearse",
     "run_loop",
     "score",
+    "try_evaluation",
 ]

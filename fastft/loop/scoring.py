@@ -35,7 +35,7 @@ def score(
 
 
 @torch.no_grad()
-def rehearse(
+def try_evaluation(
     task: Task, loader: Loader, metrics: Mapping[str, Metric], precision: Precision
 ) -> None:
     """Evaluates one batch, so that what is wrong with it shows before the first step and not after

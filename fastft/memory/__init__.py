@@ -1,5 +1,6 @@
 """Memory of a training step: what each block keeps or recomputes, inside a budget."""
 
+from fastft.memory.budget import out_of_memory_explained as out_of_memory_explained
 from fastft.memory.plan import Plan as Plan
 from fastft.memory.plan import load_plan as load_plan
 from fastft.memory.plan import make_plan as make_plan

@@ -27,18 +27,25 @@ from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
 
 _ROUNDS, _REPEATS = 3, 3
+# How torch's selective checkpointing refuses a block that changes in place what it was to keep.
+_IN_PLACE = "has been mutated"
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with: tensors detached, with their `requires_grad`."""
+    """What a block was called with: tensors detached, with their `requires_grad`.
+
+    Attributes:
+        times: calls per micro-batch.
+    """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    times: int = 1
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same inputs as leaves of a new graph."""
-        return tree_map(_leaf, (self.arguments, self.keywords))
+        """The same inputs in a new graph; no leaves, which a block may not change in place."""
+        return tree_map(_fresh, (self.arguments, self.keywords))
 
 
 @dataclass
@@ -61,6 +68,22 @@ def rehearse(step: TrainingStep, batches: Sequence[Batch]) -> None:
         step(0, batches)
 
 
+def differentiates_twice(step: TrainingStep, batches: Sequence[Batch]) -> bool:
+    """Rehearses a step and tells whether its loss contains derivatives, as forces are."""
+    found: list[bool] = []
+
+    def watch(module: nn.Module, arguments: Any, output: Any) -> None:
+        _on_gradient(output, lambda _: found.append(torch.is_grad_enabled()))
+
+    handles = [block.module.register_forward_hook(watch) for block in step.task.blocks]
+    try:
+        rehearse(step, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(found)
+
+
 def distinct_blocks(task: Task, calls: dict[str, Call]) -> dict[str, list[Block]]:
     """Blocks by what they are and what they are called with; those of one key cost the same."""
     found: dict[str, list[Block]] = {}
@@ -77,8 +100,11 @@ def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            if name in calls:
+                calls[name] = dataclasses.replace(calls[name], times=calls[name].times + 1)
+                return
             call = Call(*tree_map(_detached, (arguments, keywords)))
-            calls.setdefault(name, kept.setdefault(_signature(module, call), call))
+            calls[name] = kept.setdefault(_signature(module, call), call)
 
         return keep
 
@@ -169,14 +195,18 @@ class _Trial:
         self._parameters = list(block.module.parameters())
         self._forward, self._call, self._precision = forward, call, precision
 
-    def run_forward(self) -> list[Tensor]:
-        """Differentiable outputs."""
-        self.drop_gradients()
-        arguments, keywords = self._call.fresh()
+    def run_forward(self, inputs: tuple[Any, Any] | None = None) -> list[Tensor]:
+        """Differentiable outputs, of fresh inputs where none are given."""
+        arguments, keywords = self.fresh() if inputs is None else inputs
         # Entered for each call, as in a step: it caches the weights that it casts.
         with self._precision.autocast():
             output = self._forward(*arguments, **keywords)
         return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+
+    def fresh(self) -> tuple[Any, Any]:
+        """Inputs of a new graph; gradients as a step begins with."""
+        self.drop_gradients()
+        return self._call.fresh()
 
     def run(self, outputs: list[Tensor] | None = None) -> None:
         """Backward of the outputs, of a new forward without them."""
@@ -193,10 +223,11 @@ def measure_block(trial: _Trial, way: str, meter: Meter) -> Choice:
     """Bytes kept, and the highest forward and backward; the time is left at 0."""
     # The first compiles, and libraries make their workspaces.
     trial.run()
-    trial.drop_gradients()
+    inputs = trial.fresh()
     meter.reset_peak()
     start = meter.allocated()
-    outputs = trial.run_forward()
+    outputs = trial.run_forward(inputs)
+    del inputs
     kept, forward_bytes = meter.allocated() - start, meter.peak() - start
     meter.reset_peak()
     start = meter.allocated()
@@ -213,11 +244,15 @@ def measure_blocks(
     names: Sequence[str],
     meter: Meter,
     rounds: int = _ROUNDS,
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, dict[str, Choice]]:
     """Block name -> way -> its cost, for the named ways; each distinct block is measured once.
 
     All ways of a block are timed in turns, so that a device that changes its clock changes it for
     all of them.
+
+    Args:
+        say: told of a way that a block cannot run, which leaves its menu; the last must work.
     """
     costs: dict[str, dict[str, Choice]] = {}
     for members in distinct_blocks(step.task, calls).values():
@@ -232,20 +267,34 @@ def measure_blocks(
         for name in list(trials):
             try:
                 found[name] = measure_block(trials[name], name, meter)
-            except RuntimeError:
-                # Out of memory, or selective checkpointing of a block that works in place: one way
-                # less to choose from. The last must work.
-                if name == names[-1]:
+            except RuntimeError as error:
+                known = isinstance(error, torch.OutOfMemoryError) or _IN_PLACE in str(error)
+                if name == names[-1] or not known:
                     raise
                 trials.pop(name).drop_gradients()
+                reason = "out of memory" if _IN_PLACE not in str(error) else "it works in place"
+                say(f"memory: {first.name} and its like cannot '{name}': {reason}")
         times: dict[str, list[float]] = {name: [] for name in found}
         for _, (name, trial) in itertools.product(range(rounds), trials.items()):
             times[name].append(meter.seconds(trial.run, _REPEATS))
             trial.drop_gradients()
         for name, seconds in times.items():
             found[name] = dataclasses.replace(found[name], seconds=statistics.median(seconds))
-        costs.update({block.name: found for block in members})
+        for block in members:
+            often = calls[block.name].times
+            costs[block.name] = {name: _repeated(c, often) for name, c in found.items()}
     return costs
+
+
+def _repeated(choice: Choice, times: int) -> Choice:
+    """The cost of a block that is called several times before its backward."""
+    kept = choice.kept_bytes
+    return dataclasses.replace(
+        choice,
+        kept_bytes=times * kept,
+        forward_bytes=(times - 1) * kept + choice.forward_bytes,
+        seconds=times * choice.seconds,
+    )
 
 
 def assemble_costs(
@@ -306,8 +355,10 @@ def _detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def _leaf(value: Any) -> Any:
-    return _detached(value) if isinstance(value, Tensor) else value
+def _fresh(value: Any) -> Any:
+    value = _detached(value)
+    # A copy of a leaf is none.
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _on_gradient(values: Any, hook: Callable[[Tensor], None]) -> None:

@@ -2,7 +2,8 @@
 
 import gc
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,23 +14,22 @@ from fastft.atomic import write_file_atomically
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
 from fastft.config import RunConfig, parse_bytes
 from fastft.errors import PlanError, nearest
+from fastft.finetune import set_train_mode
+from fastft.memory.budget import GIB, SLACK, budget_bytes, enforce, nothing_fits
 from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
+    differentiates_twice,
     measure_blocks,
     measure_rest,
     rehearse,
 )
 from fastft.memory.meter import DeviceMeter
-from fastft.memory.solve import Solution, StepCosts, peak_bytes, smallest_peak, solve
-from fastft.optim import MOMENT_BYTES, state_bytes
+from fastft.memory.solve import Solution, StepCosts, peak_bytes, solve, step_seconds
 from fastft.step import TrainingStep
 from fastft.task import Batch
 
-# What the allocator may lose to rounding and gaps between tensors.
-SLACK = 0.01
 _ATTEMPTS = 6
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
     Raises:
         PlanError: not a plan, or one for other blocks or another `step.compile`.
     """
+    if not path.exists():
+        raise PlanError(
+            f"memory.plan: must be 'auto', 'off' or a plan.json that fastft wrote; there is no file"
+            f" '{path}'; correct it"
+        )
     try:
         plan = Plan(**json.loads(path.read_text()))
         ways = plan.ways
@@ -83,7 +88,7 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
         odd = sorted(set(plan.ways) ^ set(blocks))
         problems.append(
             f"{path}: must name the blocks of this model; {len(odd)} differ, the first is"
-            f" '{odd[0]}'; make a new plan"
+            f" '{odd[0]}'; delete it for a new plan"
         )
     problems += [
         f"{path}: '{way}' is no way to run a block with step.compile = '{forwards.mode}'"
@@ -96,39 +101,37 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
     return plan
 
 
-def budget_bytes(wanted: int | None, device: torch.device) -> int:
-    """What the allocator may take: the budget without what CUDA and other processes hold.
+def measure_costs(
+    step: TrainingStep,
+    forwards: BlockForwards,
+    batches: Sequence[Batch],
+    say: Callable[[str], object] = lambda text: None,
+) -> StepCosts:
+    """The whole menu, measured on the device; leaves every block recomputing all.
+
+    Args:
+        say: told of ways that a block cannot run.
 
     Raises:
-        PlanError: the device has less.
+        PlanError: a block cannot be run a second time.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    outside = total - free - torch.cuda.memory_reserved(device)
-    if wanted is not None and wanted > total:
-        raise PlanError(
-            f"memory.budget: must be at most what the device has; got {wanted / 1e9:.1f} GB of"
-            f" {total / 1e9:.1f} GB; lower it"
-        )
-    return (total if wanted is None else wanted) - outside
-
-
-def enforce(limit: int, device: torch.device) -> None:
-    """Makes every allocation beyond the limit fail, so that "fits" is a fact on a larger card."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
-def measure_costs(
-    step: TrainingStep, forwards: BlockForwards, batches: Sequence[Batch]
-) -> StepCosts:
-    """The whole menu, measured on the device; leaves every block recomputing all."""
     forwards.use_everywhere(RECOMPUTE)
-    # The first compiles, makes the optimizer's state and the workspaces of libraries.
-    rehearse(step, batches)
+    names = list(forwards.ways)
+    try:
+        # The first step compiles, makes the optimizer's state and the workspaces of libraries.
+        if differentiates_twice(step, batches):
+            names = [KEEP.name, RECOMPUTE.name]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PlanError(
+            "memory.plan: blocks must be able to run a second time in the backward pass; got"
+            f" {str(error).splitlines()[0]}; set memory.plan = 'off' and lower data.batch_size"
+        ) from error
     calls = capture_calls(step, batches[0])
     meter = DeviceMeter(step.precision.device)
     with step.rehearsal():
-        measured = measure_blocks(step, forwards, calls, list(forwards.ways), meter)
+        measured = measure_blocks(step, forwards, calls, names, meter, say=say)
     del calls
     _clean()
     return assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
@@ -161,10 +164,13 @@ def make_plan(
     console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     _clean()
     try:
-        costs = measure_costs(step, forwards, batches)
+        costs = measure_costs(step, forwards, batches, console.print)
     except torch.OutOfMemoryError as error:
         raise PlanError(nothing_fits(step, None, batches, limit)) from error.with_traceback(None)
-    best = _search(step, forwards, batches, limit, costs)
+    called = {block.name for block in costs.blocks}
+    # Nothing is known of a block that the model does not call as a module.
+    forwards.use({name: KEEP.name for name in forwards.blocks if name not in called})
+    best, costs = _search(step, forwards, batches, limit, costs)
     if best is None:
         raise PlanError(nothing_fits(step, costs, batches, limit))
     forwards.use(best.ways)
@@ -177,27 +183,37 @@ def _search(
     batches: Sequence[Batch],
     limit: int,
     costs: StepCosts,
-) -> Plan | None:
-    """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again."""
+) -> tuple[Plan | None, StepCosts]:
+    """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again.
+
+    Recomputing all comes last: it has been rehearsed while it was measured. Returns the corrected
+    costs too.
+    """
     room, best = round(limit * (1 - SLACK)), None
     tried: list[Mapping[str, str]] = []
-    for _ in range(_ATTEMPTS):
-        solution = solve(costs, room)
-        if solution is None or (ways := picked(costs, solution)) in tried:
+    frugal = Solution(tuple(len(block.choices) - 1 for block in costs.blocks), 0, math.inf)
+    for attempt in range(_ATTEMPTS + 1):
+        solution = solve(costs, room) if attempt < _ATTEMPTS else None
+        if solution is None or picked(costs, solution) in tried:
+            if best is not None:
+                break
+            solution = frugal
+        ways = picked(costs, solution)
+        if ways in tried:
             break
         tried.append(ways)
         forwards.use(ways)
+        predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
         peak = _try(step, batches, limit)
         if peak is None:
-            room = round(min(room, solution.peak_bytes) * 0.98)
+            room = round(min(room, predicted) * 0.98)
             continue
-        if best is None or solution.seconds < (best.predicted_seconds or 0):
+        if best is None or best.predicted_seconds is None or seconds < best.predicted_seconds:
             # Not `ways`: a block that is never called is not in the costs.
-            chosen = dict(forwards.chosen)
-            best = Plan(limit, chosen, solution.peak_bytes, solution.seconds, peak)
-        missed = peak - solution.peak_bytes
+            best = Plan(limit, dict(forwards.chosen), predicted, seconds, peak)
+        missed = peak - predicted
         costs = replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
-    return best
+    return best, costs
 
 
 def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
@@ -221,8 +237,10 @@ def _try(step: TrainingStep, batches: Sequence[Batch], limit: int) -> int | None
         error.__traceback__ = None
         fits = False
     else:
-        # A retry means that the allocator gave everything back and began again: it thrashes.
-        fits = torch.cuda.memory_stats(device)["num_alloc_retries"] == before
+        # A retry means that the allocator gave everything back and began again: it thrashes. There
+        # is nothing better where no block can recompute.
+        retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
+        fits = not retries or not step.task.blocks
     peak = torch.cuda.max_memory_allocated(device)
     if not fits or peak > limit:
         _clean()
@@ -235,48 +253,11 @@ def _clean() -> None:
     torch.cuda.empty_cache()
 
 
-def nothing_fits(
-    step: TrainingStep, costs: StepCosts | None, batches: Sequence[Batch], limit: int
-) -> list[str]:
-    """What is missing, and what would help."""
-    parameters = step.optimizer.parameters.values()
-    trained = sum(p.numel() for p in parameters)
-    held = sum(p.nbytes for p in (*step.task.model.parameters(), *parameters))
-    config = step.optimizer.config
-    now = state_bytes(config)
-    lines = [
-        f"memory.budget: no plan fits {limit / GIB:.2f} GiB, even with every block recomputed;"
-        f" weights and gradients take {held / GIB:.2f} GiB, the optimizer's state"
-        f" {now * trained / GIB:.2f} GiB"
-    ]
-    if costs is not None:
-        least, picks = smallest_peak(costs)
-        assert peak_bytes(costs, picks) == least
-        size = batches[0].size
-        activations = least - costs.fixed_bytes
-        room = limit * (1 - SLACK) - costs.fixed_bytes
-        lines[0] += f"; the least peak is {least / GIB:.2f} GiB"
-        if room > 0 and activations > 0 and 1 <= (fitting := int(size * room / activations)) < size:
-            lines.append(
-                f"data.batch_size: about {fitting} of {size} would fit; set it and raise"
-                " step.accumulate to keep the batch"
-            )
-    savings = [
-        f"'{layout}' saves {(now - size) * trained / GIB:.2f} GiB"
-        for layout, size in MOMENT_BYTES.items()
-        if config.name in ("adam", "adamw") and size < now
-    ]
-    if savings:
-        lines.append(f"optim.moments: {', '.join(savings)}")
-    lines.append("finetune: method = 'lora', or freezing what need not be trained, saves most")
-    return lines
-
-
 def plan_memory(
     config: RunConfig,
     step: TrainingStep,
     forwards: BlockForwards,
-    example: Batch,
+    example: Callable[[], Batch],
     staged: Iterable[str],
     console: Console,
     *,
@@ -287,41 +268,54 @@ def plan_memory(
     The optimizer's state is dropped after it: restore a checkpoint later.
 
     Args:
-        example: a batch as the run will see, on any device.
+        example: makes a batch as the run will see.
         staged: parameters that are frozen now and trained later; planned as if trained.
-        resumed: go on with the plan in the run folder, if there is one.
+        resumed: go on with the plan in the run folder, if its peak still fits.
 
     Raises:
         PlanError: no plan fits, or the one to replay is for another model.
     """
     device, memory = step.precision.device, config.memory
     saved = config.run.folder / "plan.json"
-    if isinstance(memory.plan, Path) or (resumed and saved.exists()):
-        plan = load_plan(memory.plan if isinstance(memory.plan, Path) else saved, forwards)
-        forwards.use(plan.ways)
-        if device.type == "cuda" and memory.budget is not None:
-            enforce(budget_bytes(parse_bytes(memory.budget), device), device)
-        return plan
-    if device.type != "cuda":
-        if memory.budget is not None:
-            console.print("memory.budget: only counts on a GPU; this run is on a CPU")
-        return None
     wanted = None if memory.budget is None else parse_bytes(memory.budget)
-    limit = budget_bytes(wanted, device)
-    if wanted is not None:
-        enforce(limit, device)
-    if memory.plan == "off":
+    on_gpu = device.type == "cuda"
+    if wanted is not None and not on_gpu:
+        console.print("memory.budget: only counts on a GPU; this run is on a CPU")
+    limit = budget_bytes(wanted, device) if on_gpu else 0
+    if on_gpu:
+        enforce(None if wanted is None else limit, device)
+    if isinstance(memory.plan, Path):
+        return _replay(load_plan(memory.plan, forwards), forwards, saved, console)
+    needless = wanted is None and not forwards.blocks
+    if memory.plan == "off" or not on_gpu or needless:
         return None
-    batches = [example.to(device)] * min(2, config.step.accumulate)
+    if resumed and saved.exists():
+        found = load_plan(saved, forwards)
+        if (found.peak_bytes or 0) <= limit:
+            return _replay(found, forwards, saved, console)
+    # As many as a step holds; from the second on they are alike.
+    held = [example().to(device) for _ in range(config.step.accumulate)]
     frozen = [step.optimizer.parameters[name] for name in staged]
     for parameter in frozen:
         parameter.requires_grad_(True)
+    set_train_mode(step.task.model, config.finetune.method)
     try:
-        plan = make_plan(step, forwards, batches, limit, console)
+        plan = make_plan(step, forwards, held[:2], limit, console)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        set_train_mode(step.task.model, config.finetune.method)
         step.optimizer.forget()
+    if plan.predicted_seconds is not None:
+        whole = plan.predicted_seconds * len(held) / len(held[:2])
+        plan = replace(plan, predicted_seconds=whole)
+    plan.save(saved)
+    console.print(plan.summary())
+    return plan
+
+
+def _replay(plan: Plan, forwards: BlockForwards, saved: Path, console: Console) -> Plan:
+    forwards.use(plan.ways)
     plan.save(saved)
     console.print(plan.summary())
     return plan

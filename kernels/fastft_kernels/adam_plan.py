@@ -109,8 +109,10 @@ class AdamPlan:
         """The last step's norms per tensor."""
         sums = self.sums
         if self.tables is not None and self.tables.statistic is not None:
-            counts = torch.tensor(self.tables.chunks.counts, device=self.tables.step.device)
-            sums = torch.segment_reduce(self.tables.statistic, "sum", lengths=counts, axis=0)
+            # Checking the lengths would wait for the device.
+            sums = torch.segment_reduce(
+                self.tables.statistic, "sum", lengths=self.counts, axis=0, unsafe=True
+            )
         return StepStatistics(*sums.sqrt().unbind(1))
 
     def _check(self) -> None:
@@ -143,6 +145,7 @@ class AdamPlan:
         rows = [[s[n].data_ptr() if n in s else 0 for s in states] for n in names]
         count = len(self.params)
         self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
+        self.counts = upload(chunks.counts, torch.int64, device)
         statistic = torch.zeros(chunks.chunks, 3, device=device) if self.options.monitor else None
         return AdamTables(
             schedule=schedule,

@@ -85,8 +85,12 @@ def as_rows(x: torch.Tensor, columns: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def check_columns(op: str, x: torch.Tensor) -> None:
-    """Raises ValueError for a dtype or row length that the row kernels do not cover."""
+def check_columns(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> None:
+    """Raises ValueError for a dtype or row length that the row kernels do not cover.
+
+    Args:
+        weights: what must have one value per column, or None.
+    """
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: x must be float32, bfloat16 or float16; got {x.dtype}; cast it")
     if not 1 <= x.shape[-1] <= MAX_COLUMNS:
@@ -94,6 +98,12 @@ def check_columns(op: str, x: torch.Tensor) -> None:
             f"{op}: the last dimension must be 1 to {MAX_COLUMNS}; got {x.shape[-1]}; "
             "use torch.nn.functional.layer_norm there"
         )
+    for weight in weights:
+        if weight is not None and weight.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: weight and bias must have the shape of x's last dimension, "
+                f"{tuple(x.shape[-1:])}; got {tuple(weight.shape)}; make them one value per column"
+            )
 
 
 def output_dtype(x: torch.Tensor) -> torch.dtype:

@@ -375,9 +375,10 @@ def layer_norm(
     """Norm over the last dimension; in the autocast dtype under autocast, else in x's dtype.
 
     Raises:
-        ValueError: a dtype that is not a float of 16 or 32 bits, or a row longer than 16,384.
+        ValueError: a dtype that is not a float of 16 or 32 bits, a row longer than 16,384, or a
+            weight or bias of another length.
     """
-    check_columns("layer_norm", x)
+    check_columns("layer_norm", x, weight, bias)
     return _forward(x, None, weight, bias, eps, output_dtype(x))[0]
 
 
@@ -389,7 +390,7 @@ def residual_layer_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) in one pass: the pre-norm block's two uses of the sum."""
-    check_columns("residual_layer_norm", x)
+    check_columns("residual_layer_norm", x, weight, bias)
     if x.shape != residual.shape:
         raise ValueError(
             f"residual_layer_norm: x and residual must have one shape; got {tuple(x.shape)} and "

@@ -15,9 +15,18 @@ class FusedLayerNorm(nn.LayerNorm):
         """`[..., *normalized_shape]` in, the same shape out.
 
         float64 and torch.func transforms, which the op does not know, go through torch's norm.
+
+        Raises:
+            ValueError: the last dimensions are not `normalized_shape`.
         """
         if input.dtype not in FLOAT_DTYPES or transformed():
             return super().forward(input)
+        # A norm without weights fits any row, so the op cannot know.
+        if input.shape[-len(self.normalized_shape) :] != self.normalized_shape:
+            raise ValueError(
+                f"FusedLayerNorm: the last dimensions must be {tuple(self.normalized_shape)}; "
+                f"got {tuple(input.shape)}; make the norm for this size"
+            )
         flat = input.flatten(-len(self.normalized_shape)) if self.many else input
         weight, bias = self.weight, self.bias
         if self.many:

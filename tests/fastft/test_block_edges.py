@@ -70,7 +70,7 @@ def test_a_loss_on_gradients_is_right_or_refused(way: Way) -> None:
     def weight_gradients(model: Stack) -> list[Tensor]:
         x = torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8).requires_grad_()
         (force,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-        weights = [layer.up.weight for layer in model.layers]
+        weights = [layer.up.weight for layer in model.modules() if isinstance(layer, Layer)]
         return list(torch.autograd.grad(force.square().sum(), weights))
 
     model, forwards = make()
@@ -96,7 +96,7 @@ def test_autocast_that_a_model_switches_off_stays_off(way: Way) -> None:
 def test_the_cache_of_casts_is_off_inside() -> None:
     seen: list[bool] = []
     model, forwards = make()
-    model.layers[0].up.register_forward_hook(
+    model.get_submodule("layers.0.up").register_forward_hook(
         lambda *_: seen.append(torch.is_autocast_cache_enabled())
     )
     forwards.use_everywhere(RECOMPUTE)

@@ -77,7 +77,7 @@ def test_table_plans_and_picture(plan: Callable[..., Any]) -> None:
     assert f"Memory plans: {DEPTH} blocks, batch of 16, bf16" in text
     assert "an estimate without a GPU" in text
     assert f"{TINY}: nothing fits\nmemory.budget: no plan fits 0.02 GiB" in text
-    assert "finetune.method = 'lora'" in text
+    assert "finetune: method = 'lora'" in text
 
     written = [line.removeprefix("written: ") for line in text.splitlines() if "written:" in line]
     assert written == [

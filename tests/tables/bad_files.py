@@ -216,14 +216,14 @@ WHERE = [
     case(
         "no memory plan",
         "train run.toml memory.plan=absent.json",
-        "absent.json: must be a plan.json that fastft wrote; [Errno 2] No such file or directory:"
-        " 'absent.json'",
+        "memory.plan: must be 'auto', 'off' or a plan.json that fastft wrote; there is no file"
+        " 'absent.json'; correct it",
     ),
     case(
         "memory plan of other blocks",
         "train run.toml memory.plan=plan.json",
-        "plan.json: must name the blocks of this model; 1 differ, the first is 'blocks.1'; make a"
-        " new plan",
+        "plan.json: must name the blocks of this model; 1 differ, the first is 'blocks.1';"
+        " delete it for a new plan",
         "plan.json: 'keep mat' is no way to run a block with step.compile = 'off'; did you mean"
         " 'keep matmuls'?",
         before=write("plan.json", b'{"budget_bytes": 1, "ways": {"blocks.0": "keep mat"}}'),

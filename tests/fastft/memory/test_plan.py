@@ -212,7 +212,6 @@ def test_everything_is_kept_where_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
         Device().make_plan(LEAST // 2, monkeypatch)
 
 
-@pytest.mark.xfail(strict=True, reason="the search gives up though recomputing all fits")
 @pytest.mark.parametrize(
     ("limit", "missed"),
     [
@@ -281,7 +280,7 @@ def test_weights_and_gradients_in_the_message(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(PlanError) as raised:
         make_plan(cast(Any, held), forwards_of(one), [Batch({}, 8)], 2**30, quiet())
     assert raised.value.problems == (
-        "memory.budget: no plan fits 1.00 GiB, even with every block recomputed; weights and"
+        "memory.budget: no plan fits 1.00 GiB, and no block to recompute; weights and"
         " gradients take 2.00 GiB, the optimizer's state 2.00 GiB",
         "optim.moments: 'bf16' saves 1.00 GiB, '8bit' saves 1.50 GiB",
         "finetune: method = 'lora', or freezing what need not be trained, saves most",
@@ -330,14 +329,16 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problems"),
     [
-        (None, ["must be a plan.json that fastft wrote; [Errno 2] No such file or directory: ..."]),
         ("{", ["must be a plan.json that fastft wrote; Expecting property name enclosed in ..."]),
         ("[1]", ["must be a plan.json that fastft wrote; ..."]),
         ('{"ways": {}}', ["must be a plan.json that fastft wrote; ...'budget_bytes'"]),
         ('{"budget_bytes": 1, "ways": {}, "a": 1}', ["must be a plan.json that ... argument 'a'"]),
         (
             '{"budget_bytes": 1, "ways": {"0": "keep all", "2": "keep all"}}',
-            ["must name the blocks of this model; 2 differ, the first is '1'; make a new plan"],
+            [
+                "must name the blocks of this model; 2 differ, the first is '1'; delete it for a"
+                " new plan"
+            ],
         ),
         (
             '{"budget_bytes": 1, "ways": {"0": "keep 50%", "1": "keep 50%"}}',
@@ -349,7 +350,8 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
         (
             '{"budget_bytes": 1, "ways": {"0": "keep mats", "3": "keep all"}}',
             [
-                "must name the blocks of this model; 2 differ, the first is '1'; make a new plan",
+                "must name the blocks of this model; 2 differ, the first is '1'; delete it for a"
+                " new plan",
                 "'keep mats' is no way to run a block with step.compile = 'off'; did you mean 'keep"
                 " matmuls'?",
             ],
@@ -362,12 +364,9 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_plans_that_cannot_be_replayed(
-    content: str | None, problems: list[str], tmp_path: Path
-) -> None:
+def test_plans_that_cannot_be_replayed(content: str, problems: list[str], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    if content is not None:
-        path.write_text(content)
+    path.write_text(content)
     with pytest.raises(PlanError) as raised:
         load_plan(path, forwards_of(task(2)))
     assert len(raised.value.problems) == len(problems)
@@ -403,7 +402,9 @@ def plan_on_cpu(folder: Path, *, resumed: bool = False, **memory: str):
     one, console = task(2), quiet()
     forwards = forwards_of(one)
     config, example = make_config(folder, **memory), Batch({"inputs": torch.ones(2, 2)}, 2)
-    found = plan_memory(config, step_of(one), forwards, example, (), console, resumed=resumed)
+    found = plan_memory(
+        config, step_of(one), forwards, lambda: example, (), console, resumed=resumed
+    )
     return found, forwards.chosen, printed(console)
 
 
@@ -425,16 +426,17 @@ def test_a_plan_file_is_replayed(tmp_path: Path) -> None:
     assert chosen == saved.ways
 
 
-def test_a_resumed_run_goes_on_with_its_plan(tmp_path: Path) -> None:
+def test_only_a_plan_that_is_named_counts_on_a_cpu(tmp_path: Path) -> None:
     saved = Plan(1, dict.fromkeys("01", "recompute all"))
     saved.save(tmp_path / "plan.json")
     assert plan_on_cpu(tmp_path)[0] is None
-    assert plan_on_cpu(tmp_path, resumed=True)[:2] == (saved, saved.ways)
-    assert plan_on_cpu(tmp_path / "other", resumed=True)[0] is None
+    assert plan_on_cpu(tmp_path, resumed=True)[:2] == (None, {})
     other = Plan(1, dict.fromkeys("01", "keep matmuls"))
     other.save(tmp_path / "my.json")
     given = plan_on_cpu(tmp_path, resumed=True, plan=str(tmp_path / "my.json"))
     assert given[:2] == (other, other.ways)
+    assert given[2] == other.summary() + "\n"
+    assert load_plan(tmp_path / "plan.json", forwards_of(task(2))) == other
 
 
 @dataclass
@@ -459,6 +461,10 @@ class Gpu:
         self.enforced.append(round(fraction * 80 * 10**9))
 
 
+# Of a budget of 22 GB.
+LIMIT = 22 * 10**9 - 2**30
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu(monkeypatch)
@@ -466,7 +472,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 def test_a_budget_is_for_all_that_the_run_takes(gpu: Gpu) -> None:
     assert plan.budget_bytes(None, CUDA) == 74 * 10**9
-    assert plan.budget_bytes(22 * 10**9, CUDA) == 16 * 10**9
+    assert plan.budget_bytes(22 * 10**9, CUDA) == LIMIT
+    # What others hold is not taken out of the budget, only out of what there is.
+    assert plan.budget_bytes(79 * 10**9, CUDA) == 74 * 10**9
     with pytest.raises(PlanError) as raised:
         plan.budget_bytes(parse_bytes("80.1GB"), CUDA)
     assert raised.value.problems == (
@@ -477,10 +485,9 @@ def test_a_budget_is_for_all_that_the_run_takes(gpu: Gpu) -> None:
     assert gpu.enforced == [20 * 10**9, 80 * 10**9]
 
 
-@pytest.mark.xfail(strict=True, reason="a limit below zero reaches torch, which raises ValueError")
 def test_a_budget_that_is_taken_already(gpu: Gpu) -> None:
     with pytest.raises(PlanError, match=r"^memory.budget: "):
-        plan.budget_bytes(5 * 10**9, CUDA)
+        plan.budget_bytes(10**9, CUDA)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -495,11 +502,11 @@ def test_planning_on_a_gpu(
     staged = ["0.weight", "0.bias"]
     for name in staged:
         parameters[name].requires_grad_(False)
-    found = Plan(16 * 10**9, dict.fromkeys("01", RECOMPUTE.name), peak_bytes=2**30)
+    found = Plan(LIMIT, dict.fromkeys("01", RECOMPUTE.name), peak_bytes=2**30)
 
     def simulated(step: Any, forwards: Any, batches: Any, limit: int, console: Any) -> Plan:
         assert all(p.requires_grad for p in parameters.values())
-        assert limit == 16 * 10**9
+        assert limit == LIMIT
         assert gpu.enforced == [limit]
         assert [batch.size for batch in batches] == [8]
         if fails:
@@ -510,7 +517,7 @@ def test_planning_on_a_gpu(
     monkeypatch.setattr(step, "precision", replace(step.precision, device=CUDA))
     config = make_config(tmp_path, budget="22GB")
     try:
-        plan_memory(config, step, forwards, Batch({}, 8), staged, console, resumed=False)
+        plan_memory(config, step, forwards, lambda: Batch({}, 8), staged, console, resumed=False)
     except PlanError:
         assert fails
     else:
@@ -535,25 +542,43 @@ def test_micro_batches_on_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_p
     for accumulate in (1, 2, 5):
         config = make_config(tmp_path)
         config = replace(config, step=replace(config.step, accumulate=accumulate))
-        plan_memory(config, step, forwards_of(one), Batch({}, 8), (), quiet(), resumed=False)
+        plan_memory(
+            config, step, forwards_of(one), lambda: Batch({}, 8), (), quiet(), resumed=False
+        )
     assert sizes == [1, 2, 2]
-    assert gpu.enforced == []
+    assert set(gpu.enforced) == {80 * 10**9}
     config = make_config(tmp_path, plan="off", budget="22GB")
-    off = plan_memory(config, step, forwards_of(one), Batch({}, 8), (), quiet(), resumed=False)
+    off = plan_memory(
+        config, step, forwards_of(one), lambda: Batch({}, 8), (), quiet(), resumed=False
+    )
     assert off is None
     assert len(sizes) == 3
-    assert gpu.enforced == [16 * 10**9]
+    assert gpu.enforced[-1] == LIMIT
 
 
-def test_a_replayed_plan_keeps_to_the_budget(gpu: Gpu, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_its_plan_while_that_fits(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     one = task(2)
-    held = SimpleNamespace(precision=SimpleNamespace(device=CUDA))
-    Plan(1, dict.fromkeys("01", "recompute all")).save(tmp_path / "plan.json")
-    config = make_config(tmp_path, budget="22GB")
-    forwards = forwards_of(one)
-    plan_memory(config, cast(Any, held), forwards, Batch({}, 8), (), quiet(), resumed=True)
-    assert set(forwards.chosen.values()) == {"recompute all"}
-    assert gpu.enforced == [16 * 10**9]
+    step, forwards, console = step_of(one), forwards_of(one), quiet()
+    monkeypatch.setattr(step, "precision", replace(step.precision, device=CUDA))
+    saved = Plan(1, dict.fromkeys("01", "recompute all"), peak_bytes=LIMIT)
+    again = Plan(LIMIT, dict.fromkeys("01", "keep matmuls"), peak_bytes=1)
+    monkeypatch.setattr(plan, "make_plan", lambda *_: again)
+
+    def planned(budget: str, *, memory_plan: str = "auto", resumed: bool = True) -> Plan | None:
+        saved.save(tmp_path / "plan.json")
+        config = make_config(tmp_path, budget=budget, plan=memory_plan)
+        return plan_memory(
+            config, step, forwards, lambda: Batch({}, 8), (), console, resumed=resumed
+        )
+
+    assert planned("22GB") == saved
+    assert forwards.chosen == saved.ways
+    assert gpu.enforced[-1] == LIMIT
+    assert planned("20GB") == again
+    assert planned("22GB", resumed=False) == again
+    assert planned("22GB", memory_plan="off") is None
 
 
 @pytest.mark.parametrize(
