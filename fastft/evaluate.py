@@ -24,6 +24,7 @@ from fastft.errors import CheckpointError, ConfigError
 from fastft.finetune import merge_lora
 from fastft.fused import fuse_layer_norms
 from fastft.loop import score
+from fastft.memory import fitted_before
 from fastft.metrics import make_metrics
 from fastft.names import load_state_dict
 from fastft.precision import make_precision
@@ -42,7 +43,7 @@ def evaluate(
     Raises:
         FastftError: no such data or checkpoint.
     """
-    device = find_device(config.run.device)
+    config, device = fitted_before(config), find_device(config.run.device)
     task, adapter, name = _open_trained(config, checkpoint, device, console)
     loader = open_split(adapter, config, split, device)
     if loader is None:

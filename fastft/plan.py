@@ -105,6 +105,11 @@ def plan(
     Raises:
         PlanError: no budget fits, or the model has no blocks to choose for.
     """
+    if config.data.batch_size == "fit":
+        raise PlanError(
+            "data.batch_size: must be a number for a plan; got 'fit'; set it, as"
+            " data.batch_size=8 behind the run file"
+        )
     wanted = _parse(budgets, config, no_device=no_device)
     if config.step.compile == "model":
         raise PlanError(
@@ -181,7 +186,7 @@ def _measure(config: RunConfig) -> Measured:
             adapter.prepare(task, loader)
             example = loader.example().to(device)
         step, forwards, average = _build(config, task, device, quiet)
-        batches = [example] * min(2, config.step.accumulate)
+        batches = [example] * min(2, config.accumulate)
         try:
             costs = measure_costs(step, forwards, batches)
         except torch.OutOfMemoryError as error:
@@ -193,7 +198,7 @@ def _measure(config: RunConfig) -> Measured:
         total = torch.cuda.mem_get_info(device)[1]
         outside = total - budget_bytes(None, device)
     name = torch.cuda.get_device_name(device)
-    settings = (config.step.accumulate, step.precision.name)
+    settings = (config.accumulate, step.precision.name)
     return Measured(costs, step, batches, outside, total, *settings, [f"measured on {name}"])
 
 
@@ -212,7 +217,7 @@ def _estimate(config: RunConfig) -> Measured:
             with on_fake_tensors(meter) as mode:
                 make_fake(task.model, mode, meter)
                 step, forwards, average = _build(pretended, task, run.device, quiet)
-                batches = [fake_batch(example, mode, meter)] * min(2, config.step.accumulate)
+                batches = [fake_batch(example, mode, meter)] * min(2, config.accumulate)
                 costs = estimate_costs(pretended, step, forwards, batches, meter)
                 del average
         except (
@@ -236,7 +241,7 @@ def _estimate(config: RunConfig) -> Measured:
             " less, and replay only plans that were measured on a GPU"
         )
     tf32 = config.step.precision == "tf32"
-    settings = (config.step.accumulate, "tf32" if tf32 else step.precision.name)
+    settings = (config.accumulate, "tf32" if tf32 else step.precision.name)
     return Measured(costs, step, batches, _CONTEXT_BYTES, None, *settings, how)
 
 

@@ -73,6 +73,9 @@ def open_run(section: RunSection, *, write: bool = True) -> Iterator[Run]:
             yield Run(section.folder, device, section.seed, Signals())
     finally:
         torch.use_deterministic_algorithms(were_deterministic, warn_only=only_warned)
+        if device.type == "cuda":
+            # A memory budget is this run's alone.
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def find_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ from fastft.loop import (
     run_loop,
     try_evaluation,
 )
-from fastft.memory import out_of_memory_explained, plan_memory
+from fastft.memory import fit_batch, fitted_before, out_of_memory_explained, plan_memory
 from fastft.metrics import make_metrics, open_writer
 from fastft.names import load_state_dict
 from fastft.profiling import open_profile
@@ -60,7 +60,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
     Raises:
         FastftError: anything that the user can mend.
     """
-    total = config.run.steps
+    total, config = config.run.steps, fitted_before(config)
     with open_run(config.run, write=not dry_run) as run:
         resumed = None if dry_run else find_resumed(config)
         saved = load_checkpoint(resumed) if resumed else None
@@ -84,6 +84,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             try_evaluation(task, validation, metrics, precision)
         if dry_run:
             return None
+        config, loader = fit_batch(config, step, forwards, adapter, loader, console)
         ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None
         set_train_mode(task.model, config.finetune.method)
         plan_memory(
@@ -111,9 +112,9 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             unfreezing = UnfreezeHook(task.model, staged, config.finetune.method, progress)
             run_loop(
                 step,
-                loader.batches(first * config.step.accumulate),
+                loader.batches(first * config.accumulate),
                 range(first, total),
-                accumulate=config.step.accumulate,
+                accumulate=config.accumulate,
                 ema=ema,
                 hooks=[log, *([evaluation] if evaluation else []), saving, unfreezing, profile],
                 around=profile.around,

@@ -98,8 +98,19 @@ class RunConfig:
     memory: MemoryConfig = MemoryConfig()
     profile: ProfileConfig | None = None
 
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        samples = self.data.samples_per_step
+        return self.step.accumulate if samples is None else samples // self.data.micro_batch
+
     def __post_init__(self) -> None:
         """Refuses settings of different sections that exclude each other."""
+        if self.data.samples_per_step is not None and self.step.accumulate != 1:
+            raise ValueError(
+                f"step.accumulate: follows from data.samples_per_step; got {self.step.accumulate};"
+                " drop one of them"
+            )
         needs = {
             f"optim.moments = '{self.optim.moments}'": self.optim.moments != "fp32",
             "gradients.zclip": self.gradients.zclip is not None,

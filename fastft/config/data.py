@@ -49,7 +49,17 @@ class DataConfig:
     train: Annotated[tuple[DataSource, ...], describe("Training data sets.", min_length=1)]
     validation: Annotated[tuple[DataSource, ...], describe("Data to evaluate on.")] = ()
     test: Annotated[tuple[DataSource, ...], describe("For `evaluate --split test`.")] = ()
-    batch_size: Annotated[Count, describe("Samples per micro-batch.")] = 32
+    batch_size: Annotated[
+        Count | Literal["fit"],
+        describe(
+            "Samples per micro-batch; 'fit': the largest that fits into the GPU's memory and"
+            " divides samples_per_step."
+        ),
+    ] = 32
+    samples_per_step: Annotated[
+        Count | None,
+        describe("Samples per optimizer step, instead of step.accumulate; batch_size divides it."),
+    ] = None
     evaluation_batch_size: Annotated[
         Count | None, describe("Samples per evaluation batch; default: batch_size.")
     ] = None
@@ -60,3 +70,18 @@ class DataConfig:
     workers: Annotated[int, describe("Processes per loader; 0 reads in the main one.", ge=0)] = 0
     prefetch: Annotated[Count, describe("Batches each worker reads ahead.")] = 2
     checks: Annotated[ChecksConfig, describe("Data checks.")] = ChecksConfig()
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per micro-batch; 1 while what fits is not known."""
+        return 1 if self.batch_size == "fit" else self.batch_size
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that do not go together."""
+        if self.batch_size == "fit" and self.samples_per_step is None:
+            raise ValueError("batch_size 'fit' needs samples_per_step; got none; set it")
+        if self.samples_per_step is not None and self.samples_per_step % self.micro_batch:
+            raise ValueError(
+                f"samples_per_step must be a multiple of batch_size; got {self.samples_per_step}"
+                f" and {self.batch_size}; change one"
+            )

@@ -181,13 +181,13 @@ def open_loader(
     """
     sources = open_sources(adapter, data.train, "train")
     sizes = [len(source) for source in sources]
-    if data.batch_size > sum(sizes):
+    if data.micro_batch > sum(sizes):
         raise DataError(
             f"data.batch_size: must not exceed the {sum(sizes)} training samples;"
-            f" got {data.batch_size}; lower it or add data"
+            f" got {data.micro_batch}; lower it or add data"
         )
     order = TrainingOrder(
-        sizes, [source.weight for source in sources], data.batch_size, data.mixing, seed
+        sizes, [source.weight for source in sources], data.micro_batch, data.mixing, seed
     )
     mixed = len(sources) > 1 and data.mixing == "sample"
     return SourceLoader(sources, order, seed, _options(data, device), mixed)
@@ -212,7 +212,7 @@ def open_evaluation(
         ConfigError: two data sets share a name.
     """
     opened = open_sources(adapter, sources, split)
-    size = data.evaluation_batch_size or data.batch_size
+    size = data.evaluation_batch_size or data.micro_batch
     order = EvaluationOrder([len(source) for source in opened], size)
     return SourceLoader(opened, order, seed, _options(data, device))
 

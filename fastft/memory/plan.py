@@ -156,7 +156,7 @@ def make_plan(
         PlanError: nothing fits; the message says what would.
     """
     forwards.use_everywhere(KEEP)
-    peak = _try(step, batches, limit)
+    peak = try_rehearsal(step, batches, limit)
     if peak is not None:
         return Plan(limit, dict(forwards.chosen), peak_bytes=peak)
     if not forwards.blocks:
@@ -204,7 +204,7 @@ def _search(
         tried.append(ways)
         forwards.use(ways)
         predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
-        peak = _try(step, batches, limit)
+        peak = try_rehearsal(step, batches, limit)
         if peak is None:
             room = round(min(room, predicted) * 0.98)
             continue
@@ -224,7 +224,7 @@ def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
     }
 
 
-def _try(step: TrainingStep, batches: Sequence[Batch], limit: int) -> int | None:
+def try_rehearsal(step: TrainingStep, batches: Sequence[Batch], limit: int) -> int | None:
     """The peak of the second of two rehearsals, None where the limit was hit."""
     device = step.precision.device
     try:
@@ -294,7 +294,7 @@ def plan_memory(
         if (found.peak_bytes or 0) <= limit:
             return _replay(found, forwards, saved, console)
     # As many as a step holds; from the second on they are alike.
-    held = [example().to(device) for _ in range(config.step.accumulate)]
+    held = [example().to(device) for _ in range(config.accumulate)]
     frozen = [step.optimizer.parameters[name] for name in staged]
     for parameter in frozen:
         parameter.requires_grad_(True)

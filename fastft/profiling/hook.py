@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -43,6 +44,17 @@ class Profiled(Protocol):
     precision: Precision
 
 
+class NoProfile:
+    """In the place of a `ProfileHook` without `[profile]`: nothing."""
+
+    def around(self, index: int) -> AbstractContextManager[None]:
+        """Encloses step `index` in nothing."""
+        return contextlib.nullcontext()
+
+    def __call__(self, done: int, result: object, samples: int) -> None:
+        """Nothing happens."""
+
+
 @contextlib.contextmanager
 def open_profile(
     config: RunConfig,
@@ -50,15 +62,18 @@ def open_profile(
     step: Profiled,
     writer: MetricWriter,
     say: Callable[[str], object],
-) -> Iterator["ProfileHook"]:
-    """The run's profile; without `[profile]` it does nothing.
+) -> Iterator["ProfileHook | NoProfile"]:
+    """The run's profile; a `NoProfile` without `[profile]`.
 
     Leaving it while steps are being profiled, as a signal makes a run do, writes nothing.
 
     Args:
         say: shows a line to the user.
     """
-    hook = ProfileHook(config, run, step, writer, say)
+    if config.profile is None:
+        yield NoProfile()
+        return
+    hook = ProfileHook(config, config.profile, run, step, writer, say)
     try:
         yield hook
     finally:
@@ -76,21 +91,22 @@ class ProfileHook:
     def __init__(
         self,
         config: RunConfig,
+        profile: ProfileConfig,
         run: Run,
         step: Profiled,
         writer: MetricWriter,
         say: Callable[[str], object],
     ) -> None:
-        self._config = config.profile
+        self._config = profile
         self._run, self._step = run, step
-        self._facts = _facts(config, run.device, step.precision.name)
+        self._facts = _facts(config, profile, run.device, step)
         self._writer, self._say = writer, say
         self._draws = config.log.tensorboard
         self._folder = run.folder / FOLDER
         self._profiler: torch.profiler.profile | None = None
         self._memory: MemoryReport | None = None
         self._snapshot: dict[str, Any] | None = None
-        self._stopwatch = Stopwatch(self._config, run.device)
+        self._stopwatch = Stopwatch(profile, run.device)
         self._graphs = 0
         self._started = self._is_complete = False
 
@@ -98,7 +114,7 @@ class ProfileHook:
     def around(self, index: int) -> Iterator[None]:
         """Encloses step `index`, counted from 0."""
         config = self._config
-        if config is None or index >= config.at_step + config.steps:
+        if index >= config.at_step + config.steps:
             yield
             return
         if index < config.at_step - 1:
@@ -138,7 +154,7 @@ class ProfileHook:
                 self._profiler.stop()
             self._say("profile: the run ended in the profiled steps; nothing was written")
         self._profiler = None
-        if self._config is not None and not self._started:
+        if not self._started:
             self._say(
                 f"profile: nothing was profiled: step {self._config.at_step - 1}, which comes"
                 " before the profiled ones, is not in this part of the run; set profile.at_step"
@@ -215,17 +231,20 @@ def write_report(report: ProfileReport, folder: Path) -> None:
         )
 
 
-def _facts(config: RunConfig, device: torch.device, precision: str) -> RunFacts:
+def _facts(
+    config: RunConfig, profile: ProfileConfig, device: torch.device, step: Profiled
+) -> RunFacts:
     is_gpu = device.type == "cuda"
     return RunFacts(
         title=config.run.folder.name,
         device=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         is_gpu=is_gpu,
-        precision=precision,
+        precision=step.precision.name,
         compile=config.step.compile,
         layer_norm=config.step.layer_norm,
+        blocks=len(step.task.blocks),
         workers=config.data.workers,
-        samples=config.data.batch_size * config.step.accumulate,
-        accumulate=config.step.accumulate,
-        first_step=config.profile.at_step if config.profile else 0,
+        samples=config.data.micro_batch * config.accumulate,
+        accumulate=config.accumulate,
+        first_step=profile.at_step,
     )

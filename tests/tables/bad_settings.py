@@ -75,6 +75,33 @@ RUN_FILE = [
         "run.toml: optim.moments: must be a known value; got '4bit'; did you mean '8bit'?",
     ),
     case(
+        "fit without a wish",
+        "train run.toml data.batch_size=fit",
+        "run.toml: data: batch_size 'fit' needs samples_per_step; got none; set it",
+    ),
+    case(
+        "fit on a CPU",
+        "train run.toml data.batch_size=fit data.samples_per_step=16",
+        "data.batch_size: 'fit' needs a GPU to fit into; this run is on a CPU; set a number",
+    ),
+    case(
+        "samples that do not divide",
+        "train run.toml data.samples_per_step=12",
+        "run.toml: data: samples_per_step must be a multiple of batch_size; got 12 and 8; change"
+        " one",
+    ),
+    case(
+        "two ways to accumulate",
+        "train run.toml data.samples_per_step=16 step.accumulate=2",
+        "run.toml: step.accumulate: follows from data.samples_per_step; got 2; drop one of them",
+    ),
+    case(
+        "plan of a size that is to be fitted",
+        "plan run.toml data.batch_size=fit data.samples_per_step=16",
+        "data.batch_size: must be a number for a plan; got 'fit'; set it, as data.batch_size=8"
+        " behind the run file",
+    ),
+    case(
         "moments without Adam",
         "train run.toml optim.name=sgd optim.moments=bf16",
         "run.toml: optim: moments 'bf16' need adam or adamw; got sgd; drop them",

@@ -1,4 +1,4 @@
-"""Planning where a loss contains derivatives, a block works in place, or is called more than once."""
+"""Planning where a loss contains derivatives, or a block works in place or is called often."""
 
 import pytest
 import torch

@@ -1,0 +1,101 @@
+"""`data.batch_size = "fit"`: the largest micro-batch that fits, for a wanted number of samples."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+
+from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
+from fastft.config import RunConfig, parse_bytes
+from fastft.data import SourceLoader, open_loader
+from fastft.errors import ConfigError, PlanError
+from fastft.memory.budget import budget_bytes, enforce
+from fastft.memory.plan import try_rehearsal
+from fastft.runfile import read_run_file
+from fastft.runtime import RUN_FILE
+from fastft.step import TrainingStep
+from fastft.task import Adapter
+
+
+def fitted_before(config: RunConfig) -> RunConfig:
+    """With the micro-batch that an earlier start of this run has found, if there was one."""
+    path = config.run.folder / RUN_FILE
+    if config.data.batch_size != "fit" or not path.exists():
+        return config
+    return with_batch_size(config, read_run_file(path).data.micro_batch)
+
+
+def with_batch_size(config: RunConfig, size: int) -> RunConfig:
+    """The same samples per step in micro-batches of another size."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+
+
+def fit_batch(
+    config: RunConfig,
+    step: TrainingStep,
+    forwards: BlockForwards,
+    adapter: Adapter,
+    loader: SourceLoader,
+    console: Console,
+) -> tuple[RunConfig, SourceLoader]:
+    """The run with the largest micro-batch that divides `data.samples_per_step` and fits.
+
+    Fits with everything kept; where not even one sample does, with every block recomputed.
+
+    Args:
+        loader: of the run; returned as it is where `data.batch_size` is a number.
+
+    Raises:
+        ConfigError: there is no GPU to fit into.
+        PlanError: not even one sample fits.
+    """
+    samples, device = config.data.samples_per_step, step.precision.device
+    if config.data.batch_size != "fit" or samples is None:
+        return config, loader
+    if device.type != "cuda":
+        raise ConfigError(
+            "data.batch_size: 'fit' needs a GPU to fit into; this run is on a CPU; set a number"
+        )
+    wanted = None if config.memory.budget is None else parse_bytes(config.memory.budget)
+    limit = budget_bytes(wanted, device)
+    enforce(None if wanted is None else limit, device)
+    sizes = [n for n in range(1, samples + 1) if samples % n == 0 and n <= loader.samples]
+
+    def fits(size: int) -> bool:
+        data = with_batch_size(config, size).data
+        example = open_loader(adapter, data, seed=config.run.seed, device=device).example()
+        # As many as a step holds.
+        held = [example.to(device) for _ in range(samples // size)]
+        return try_rehearsal(step, held[:2], limit) is not None
+
+    try:
+        size = _largest(sizes, KEEP, forwards, fits) or _largest(sizes, RECOMPUTE, forwards, fits)
+    finally:
+        step.optimizer.forget()
+        if forwards.mode == "blocks":
+            # Graphs that have seen several sizes are slower than one made for the last.
+            torch._dynamo.reset()
+    if not size:
+        raise PlanError(
+            "data.batch_size: not even one sample fits with every block recomputed; raise"
+            " memory.budget, or see `fastft plan` with data.batch_size=1 for what helps"
+        )
+    console.print(f"data.batch_size: {size} fits; {samples // size} micro-batches per step")
+    config = with_batch_size(config, size)
+    return config, open_loader(adapter, config.data, seed=config.run.seed, device=device)
+
+
+def _largest(
+    sizes: Sequence[int], way: Way, forwards: BlockForwards, fits: Callable[[int], bool]
+) -> int:
+    """The largest size that fits when every block runs this way, 0 where none does."""
+    forwards.use_everywhere(way)
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low - 1] if low else 0
