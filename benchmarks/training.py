@@ -31,13 +31,14 @@ from torch.nn import functional as F
 from benchmarks.models import Decoder, markov_tokens, prototype_images
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, compile_task
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, ScheduleConfig, parse_bytes
-from fastft.fused import choose_kernels
+from fastft.fused import choose_kernels, fuse_layer_norms
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.measure import rehearse
 from fastft.memory.plan import make_plan, measure_costs
 from fastft.memory.solve import peak_bytes, smallest_peak
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
+from fastft.profiling.flops import peak_flops
 from fastft.runfile import parse
 from fastft.runtime import environment
 from fastft.step import TrainingStep
@@ -49,7 +50,7 @@ DEVICE = torch.device("cuda", 0)
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
 GRADIENTS = GradientsConfig(clip_norm=1.0)
 POOL, STEPS = 4, 8
-PEAK_FLOPS = 989e12
+PRECISION = "bf16"
 Pair = tuple[Tensor, Tensor]
 
 
@@ -117,10 +118,12 @@ def make_step(case: Case) -> tuple[TrainingStep, BlockForwards, list[Batch]]:
         "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
         "data": {"train": [{"path": "none"}], "batch_size": 1},
         "optim": {"lr": OPTIM.lr},
+        "step": {"compile": case.compile, "precision": PRECISION},
     }
     config = replace(parse(RunConfig, tree, where="benchmark"), optim=OPTIM, gradients=GRADIENTS)
     task = make_task(case)
-    precision = make_precision("bf16", DEVICE)
+    print(fuse_layer_norms(task, config, DEVICE) or "layer norms: torch's", flush=True)
+    precision = make_precision(PRECISION, DEVICE)
     forwards = compile_task(task, case.compile, precision)
     kernels = choose_kernels(config, task.model.parameters(), DEVICE)
     optimizer = Optimizer(make_groups(task, OPTIM, {}), OPTIM, config.run.steps, kernels)
@@ -183,12 +186,14 @@ def main() -> None:
     case = CASES[arguments.case]()
     step, forwards, batches = make_step(case)
     rows: list[dict[str, Any]] = []
+    peak = peak_flops(torch.cuda.get_device_name(DEVICE), PRECISION)
 
     def add(name: str, **more: Any) -> None:
         row = {"benchmark": "training", "case": arguments.case, "runner": name, **more}
         row |= measure(step, batches)
         row["samples_per_second"] = round(1e3 * case.samples / row["step_ms"], 1)
-        row["mfu"] = round(case.flops / (row["step_ms"] / 1e3) / PEAK_FLOPS, 4)
+        if peak is not None:
+            row["mfu"] = round(case.flops / (row["step_ms"] / 1e3) / peak, 4)
         rows.append(row)
         print({k: v for k, v in row.items() if k != "benchmark"}, flush=True)
 
@@ -238,7 +243,7 @@ def _report(rows: list[dict[str, Any]], case: str, out: Path) -> None:
     stamp = {"time": now.isoformat(timespec="seconds"), "machine": machine}
     with out.open("a") as lines:
         for row in rows:
-            table.add_row(*(str(row.get(column, "")) for column in columns))
+            table.add_row(*(str(row.get(column, "-")) for column in columns))
             lines.write(json.dumps({**row, **stamp}) + "\n")
     Console(width=150).print(table)
 

@@ -78,9 +78,10 @@ def fuse_layer_norms(task: Task, config: RunConfig, device: torch.device) -> str
     """Swaps in the fused layer norm as `step.layer_norm` says; returns what to tell the user.
 
     'auto' swaps on a GPU where nothing is compiled. In a compiled block our op cannot be fused with
-    its neighbours, and cost the host 0.1 ms or more per call on the one machine measured: a ViT-B/16
-    went from 42.7 to 53.4 ms per step. A decoder 3,200 wide went from 30.8 to 30.1 ms at 4,096 rows.
-    So 'fused' is there to try (benchmarks/LOG.md).
+    its neighbours, and each call took the host 0.1 ms or more on the one machine measured: steps of
+    a ViT-B/16 went from 42.7 to 53.4 ms. Those of a decoder 3,200 wide, at 4,096 rows, went from
+    30.8 to 30.1 ms. So 'auto' leaves compiled blocks alone, and 'fused' is there to try
+    (benchmarks/LOG.md).
     """
     mode = config.step.layer_norm
     if mode == "auto":

@@ -84,9 +84,8 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
             try_evaluation(task, validation, metrics, precision)
         if dry_run:
             return None
-        config, loader = fit_batch(config, step, forwards, adapter, loader, console)
         ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None
-        set_train_mode(task.model, config.finetune.method)
+        config, loader = fit_batch(config, step, forwards, adapter, loader, staged, console)
         plan_memory(
             config, step, forwards, loader.example, staged, console, resumed=saved is not None
         )

@@ -16,7 +16,7 @@ from fastft.loop.progress import Progress, peak_memory_gib
 from fastft.loop.scoring import score
 from fastft.loop.state import TrainingState
 from fastft.metrics import MetricWriter
-from fastft.profiling.compiled import CompileWatch
+from fastft.profiling.compiled import CompileWatch, evaluation_compiles
 from fastft.step import StepResult, TrainingStep
 from fastft.task import Loader, Metric
 
@@ -197,7 +197,7 @@ class EvaluateHook:
         if not is_due(done, self._every, self._total):
             return
         task, ema = self._state.task, self._state.ema
-        with ema.swapped_in() if ema else contextlib.nullcontext():
+        with evaluation_compiles(), ema.swapped_in() if ema else contextlib.nullcontext():
             self.values = score(task, self._loader, self._metrics, self._state.step.precision)
         self.done = done
         self._writer.write(done, {f"validation/{k}": v for k, v in self.values.items()})

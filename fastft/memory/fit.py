@@ -1,7 +1,7 @@
 """`data.batch_size = "fit"`: the largest micro-batch that fits, for a wanted number of samples."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -11,7 +11,7 @@ from fastft.config import RunConfig, parse_bytes
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
 from fastft.memory.budget import budget_bytes, enforce
-from fastft.memory.plan import try_rehearsal
+from fastft.memory.plan import as_trained_in_the_end, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
 from fastft.step import TrainingStep
@@ -37,6 +37,7 @@ def fit_batch(
     forwards: BlockForwards,
     adapter: Adapter,
     loader: SourceLoader,
+    staged: Iterable[str],
     console: Console,
 ) -> tuple[RunConfig, SourceLoader]:
     """The run with the largest micro-batch that divides `data.samples_per_step` and fits.
@@ -45,6 +46,7 @@ def fit_batch(
 
     Args:
         loader: of the run; returned as it is where `data.batch_size` is a number.
+        staged: parameters that are frozen now and trained later.
 
     Raises:
         ConfigError: there is no GPU to fit into.
@@ -69,13 +71,11 @@ def fit_batch(
         held = [example.to(device) for _ in range(samples // size)]
         return try_rehearsal(step, held[:2], limit) is not None
 
-    try:
+    with as_trained_in_the_end(config, step, staged):
         size = _largest(sizes, KEEP, forwards, fits) or _largest(sizes, RECOMPUTE, forwards, fits)
-    finally:
-        step.optimizer.forget()
-        if forwards.mode == "blocks":
-            # Graphs that have seen several sizes are slower than one made for the last.
-            torch._dynamo.reset()
+    if forwards.mode == "blocks":
+        # Graphs that have seen several sizes are slower than one made for the last.
+        torch._dynamo.reset()
     if not size:
         raise PlanError(
             "data.batch_size: not even one sample fits with every block recomputed; raise"

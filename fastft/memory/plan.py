@@ -1,9 +1,10 @@
 """From a budget in bytes to what each block keeps: measured, solved, tried, corrected."""
 
+import contextlib
 import gc
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -295,23 +296,37 @@ def plan_memory(
             return _replay(found, forwards, saved, console)
     # As many as a step holds; from the second on they are alike.
     held = [example().to(device) for _ in range(config.accumulate)]
-    frozen = [step.optimizer.parameters[name] for name in staged]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    set_train_mode(step.task.model, config.finetune.method)
-    try:
+    with as_trained_in_the_end(config, step, staged):
         plan = make_plan(step, forwards, held[:2], limit, console)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        set_train_mode(step.task.model, config.finetune.method)
-        step.optimizer.forget()
     if plan.predicted_seconds is not None:
         whole = plan.predicted_seconds * len(held) / len(held[:2])
         plan = replace(plan, predicted_seconds=whole)
     plan.save(saved)
     console.print(plan.summary())
     return plan
+
+
+@contextlib.contextmanager
+def as_trained_in_the_end(
+    config: RunConfig, step: TrainingStep, staged: Iterable[str]
+) -> Iterator[None]:
+    """Rehearsals in this context train what is unfrozen later, too; the optimizer forgets them.
+
+    Args:
+        staged: parameters that are frozen now and trained later.
+    """
+    frozen = [step.optimizer.parameters[name] for name in staged]
+    model, method = step.task.model, config.finetune.method
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    set_train_mode(model, method)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        set_train_mode(model, method)
+        step.optimizer.forget()
 
 
 def _replay(plan: Plan, forwards: BlockForwards, saved: Path, console: Console) -> Plan:

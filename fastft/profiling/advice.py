@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastft.profiling.report import Advice, ProfileReport
+from fastft.profiling.report import Advice, ProfileReport, RunFacts
 
 # Shares of the step above which a rule speaks.
 IDLE_LIMIT = 0.15
@@ -73,7 +73,8 @@ def _idle(report: ProfileReport) -> Iterator[Advice]:
         return
     most = max(report.phases, key=lambda phase: phase.idle_ms or 0)
     if report.run.compile == "off":
-        setting, remedy = "step.compile", "step.compile = 'blocks', or a larger data.batch_size"
+        setting = "step.compile"
+        remedy = f"{_compiling_setting(report.run)}, or a larger data.batch_size"
     else:
         setting, remedy = "data.batch_size", "a larger data.batch_size"
     yield Advice(
@@ -126,22 +127,28 @@ def _kinds(report: ProfileReport) -> Iterator[Advice]:
 def _norm_setting(report: ProfileReport) -> str | None:
     """What is left to try; None: nothing."""
     run = report.run
-    if run.is_gpu and run.layer_norm == "torch":
-        return "step.layer_norm = 'auto'"
-    if run.compile == "off":
-        return "step.compile = 'blocks'"
-    # 'auto' leaves norms alone where the model is compiled.
-    return "step.layer_norm = 'fused'" if run.is_gpu and run.layer_norm == "auto" else None
+    # 'auto' is 'fused' on a GPU where nothing is compiled, and else 'torch'.
+    tried = run.layer_norm == "fused" or (run.layer_norm == "auto" and run.compile == "off")
+    if run.is_gpu and not tried:
+        return "step.layer_norm = 'fused'"
+    return _compiling_setting(run) if run.compile == "off" else None
+
+
+def _compiling_setting(run: RunFacts) -> str:
+    """The kind of `step.compile` that the model allows."""
+    return f"step.compile = '{'blocks' if run.blocks else 'model'}'"
 
 
 def _graph_breaks(report: ProfileReport) -> Iterator[Advice]:
-    breaks = report.compiled.graph_breaks
+    breaks, run = report.compiled.graph_breaks, report.run
     if breaks:
+        remedy = "change that code"
+        if run.compile == "model" and run.blocks:
+            remedy += ", or compile the blocks alone (step.compile = 'blocks')"
         yield Advice(
             "step.compile",
             f"torch.compile broke its graphs {sum(breaks.values())} times; the reasons are listed"
-            " below. Each break costs launches and fusions: change that code, or compile the"
-            " blocks alone (step.compile = 'blocks').",
+            f" below. Each break costs launches and fusions: {remedy}.",
         )
 
 

@@ -23,6 +23,7 @@ class RunFacts:
         precision: 'fp32', 'tf32', 'bf16' or 'fp16'.
         compile: `step.compile`.
         layer_norm: `step.layer_norm`.
+        blocks: how many the adapter names.
         workers: `data.workers`.
         samples: per optimizer step.
         accumulate: micro-batches per optimizer step.
@@ -35,6 +36,7 @@ class RunFacts:
     precision: str
     compile: str
     layer_norm: str
+    blocks: int
     workers: int
     samples: int
     accumulate: int

@@ -23,10 +23,10 @@ class Stopwatch:
             or too much else ran between them.
     """
 
-    def __init__(self, config: ProfileConfig | None, device: torch.device) -> None:
+    def __init__(self, config: ProfileConfig, device: torch.device) -> None:
         self._device = device
-        end = config.at_step - 1 if config else 0
-        self._steps = range(max(0, end - (config.steps if config else 0)), end)
+        end = config.at_step - 1
+        self._steps = range(max(0, end - config.steps), end)
         self._began: float | None = None
         self._left = self._between = 0.0
         self.mean_ms: float | None = None

@@ -242,7 +242,7 @@ def test_a_plan_keeps_to_its_budget_and_changes_no_loss(mode: str, tmp_path: Pat
     peaks = {}
     for way in (KEEP, RECOMPUTE):
         forwards.use_everywhere(way)
-        peaks[way] = plan._try(step, batches[:1], 2**62)
+        peaks[way] = plan.try_rehearsal(step, batches[:1], 2**62)
         assert peaks[way] is not None
     assert peaks[RECOMPUTE] < 0.7 * peaks[KEEP]
     forwards.use_everywhere(KEEP)

@@ -102,6 +102,22 @@ def test_refusals(device):
         residual_layer_norm(x, x[:1])
     with pytest.raises(ValueError, match="scale and shift"):
         adaptive_layer_norm(x, x[0], x[0])
+    for weight in (x[0, :4], x[0, :1], x[:1]):
+        with pytest.raises(
+            ValueError, match=r"^layer_norm: .* must have the shape .*, \(8,\); got"
+        ):
+            layer_norm(x, weight)
+        with pytest.raises(ValueError, match=r"^residual_layer_norm: .* must have the shape"):
+            residual_layer_norm(x, x, None, weight)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_module_refuses_rows_of_another_shape(affine, device):
+    # The last has as many elements per row.
+    for normalized, shape in ([8], (2, 4)), ([3, 8], (8,)), ([2, 6], (5, 3, 4)):
+        norm = FusedLayerNorm(normalized, elementwise_affine=affine).to(device)
+        with pytest.raises(ValueError, match=r"^FusedLayerNorm: the last dimensions must be"):
+            norm(torch.randn(shape, device=device))
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)

@@ -67,7 +67,7 @@ def test_a_tensor_of_more_than_two_to_the_31_elements(device):
 
 def test_nothing_waits_for_the_gpu_and_nothing_recompiles(device):
     params = [nn.Parameter(torch.randn(300, 7, device=device)) for _ in range(20)]
-    optimizer = FusedAdam([{"params": [p]} for p in params], lr=1e-3)
+    optimizer = FusedAdam([{"params": [p]} for p in params], lr=1e-3, monitor=True)
     norm = GradientNorm(range(20), max_norm=1.0)
 
     def step(scale: float) -> None:
@@ -83,5 +83,6 @@ def test_nothing_waits_for_the_gpu_and_nothing_recompiles(device):
     try:
         for i in range(5):
             step(1.0 / (i + 1))
+            optimizer.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -63,13 +63,15 @@ class Device:
             self.forgotten += 1
 
         step = SimpleNamespace(
-            precision=SimpleNamespace(device=CUDA), optimizer=SimpleNamespace(forget=forget)
+            precision=SimpleNamespace(device=CUDA),
+            optimizer=SimpleNamespace(forget=forget),
+            task=SimpleNamespace(model=torch.nn.Linear(1, 1)),
         )
         forwards = SimpleNamespace(use_everywhere=use_everywhere, mode="off")
         loader = self.open_loader(None, config.data)
         console = SimpleNamespace(print=lambda text: self.said.append(text))
         self.said: list[str] = []
-        arguments: tuple[Any, ...] = (step, forwards, None, loader, console)
+        arguments: tuple[Any, ...] = (step, forwards, None, loader, (), console)
         return fit_batch(config, *arguments)
 
 
@@ -111,7 +113,7 @@ def test_no_more_than_there_are_samples(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_number_stays_and_a_cpu_is_refused(tmp_path: Path) -> None:
     cpu = SimpleNamespace(precision=SimpleNamespace(device=torch.device("cpu")))
-    rest: Any = (cpu, None, None, "loader", None)
+    rest: Any = (cpu, None, None, "loader", (), None)
     config = make_config(tmp_path, batch_size=8)
     assert fit_batch(config, *rest) == (config, "loader")
     assert config.accumulate == 3

@@ -102,6 +102,7 @@ def gpu_run() -> RunFacts:
         precision="bf16",
         compile="off",
         layer_norm="auto",
+        blocks=24,
         workers=2,
         samples=64,
         accumulate=1,

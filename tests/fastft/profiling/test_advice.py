@@ -43,6 +43,9 @@ def test_idle(quiet: ProfileReport) -> None:
     assert setting == "step.compile"
     assert "40% of the time" in text
     assert "step.compile = 'blocks'" in text
+    run = dataclasses.replace(quiet.run, blocks=0)
+    _, text = only(dataclasses.replace(with_kinds(quiet, idle=0.4), run=run))
+    assert "step.compile = 'model'" in text
     run = dataclasses.replace(quiet.run, compile="blocks")
     setting, text = only(dataclasses.replace(with_kinds(quiet, idle=0.4), run=run))
     assert setting == "data.batch_size"
@@ -105,25 +108,38 @@ def test_kinds(quiet: ProfileReport, kind: str, share: float, setting: str, said
     assert said in text
 
 
+FUSED = ["set step.layer_norm = 'fused'."]
+
+
 @pytest.mark.parametrize(
-    ("compiled", "layer_norm", "setting"),
+    ("facts", "said"),
     [
-        ("off", "torch", "step.layer_norm"),
-        ("blocks", "auto", "step.layer_norm"),
-        ("blocks", "fused", None),
+        ({"layer_norm": "torch"}, FUSED),
+        ({"compile": "blocks", "layer_norm": "torch"}, FUSED),
+        ({"compile": "model"}, FUSED),
+        ({}, ["set step.compile = 'blocks'."]),
+        ({"blocks": 0}, ["set step.compile = 'model'."]),
+        ({"layer_norm": "fused"}, ["set step.compile = 'blocks'."]),
+        ({"is_gpu": False, "layer_norm": "torch"}, ["set step.compile = 'blocks'."]),
+        ({"compile": "blocks", "layer_norm": "fused"}, []),
     ],
+    ids=str,
 )
 def test_norms_name_what_is_left_to_try(
-    quiet: ProfileReport, compiled: str, layer_norm: str, setting: str | None
+    quiet: ProfileReport, facts: dict[str, Any], said: list[str]
 ) -> None:
-    run = dataclasses.replace(quiet.run, compile=compiled, layer_norm=layer_norm)
+    run = dataclasses.replace(quiet.run, **facts)
     found = advise(dataclasses.replace(with_kinds(quiet, norm=0.2), run=run))
-    assert [advice.setting for advice in found] == ([setting] if setting else [])
+    assert [advice.text.partition(": ")[2] for advice in found] == said
 
 
 def test_compilation(quiet: ProfileReport) -> None:
     breaks = CompileFacts(graphs=3, graph_breaks={"print": 2, "item": 1})
-    assert "3 times" in only(dataclasses.replace(quiet, compiled=breaks))[1]
+    for facts, others in ({}, False), ({"compile": "model"}, True):
+        run = dataclasses.replace(quiet.run, **facts)
+        _, text = only(dataclasses.replace(quiet, compiled=breaks, run=run))
+        assert "3 times" in text
+        assert ("step.compile = 'blocks'" in text) == others
     late = CompileFacts(graphs=3, graphs_in_window=1)
     assert only(dataclasses.replace(quiet, compiled=late))[0] == "profile.at_step"
 

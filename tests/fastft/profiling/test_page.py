@@ -144,7 +144,7 @@ def test_summary_and_chart_for_tensorboard(vision: ProfileReport) -> None:
     assert pixels.std() > 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; scripts/setup installs it as root")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; .ci/run installs it as root")
 def test_a_browser_without_network_shows_it(vision: ProfileReport, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(render_page(vision), encoding="utf-8")

@@ -82,6 +82,17 @@ def test_tensorboard_shows_text_and_chart(project: Path, fastft: Command) -> Non
     assert image.encoded_image_string.startswith(b"\x89PNG")
 
 
+def test_without_a_section_nothing_is_made_for_it(
+    project: Path, fastft: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*arguments: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(ProfileHook, "__init__", made)
+    assert fastft("train", "run.toml").code == 0
+    assert not Path("run/profile").exists()
+
+
 def test_a_section_in_the_run_file_is_kept_by_the_flag(project: Path, fastft: Command) -> None:
     with Path("run.toml").open("a") as file:
         file.write("[profile]\nat_step = 2\nsteps = 1\n")
