@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -201,6 +201,8 @@ def _contexts(module: nn.Module, operators: tuple[str, ...] | None) -> tuple[Any
 
     def policy(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
         kept = operator._schema.name.partition("::")[2] in operators
+        # The second forward draws the same numbers only if it draws all of them.
+        kept = kept and not _draws(operator, arguments, keywords)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     first, again = create_selective_checkpoint_contexts(policy)
@@ -302,8 +304,39 @@ def _backend(share: float) -> Callable[..., Any]:
     Dynamo tells compiled graphs of one code object apart by their backend."""
 
     def backend(graph: Any, inputs: Any, **options: Any) -> Any:
-        inductor = importlib.import_module("torch._inductor.compile_fx")
-        with cast(Any, functorch_config).patch(activation_memory_budget=share):
+        inductor = cast(Any, importlib.import_module("torch._inductor.compile_fx"))
+        passes = importlib.import_module("torch._inductor.custom_graph_pass")
+
+        class Pass(passes.CustomGraphPass):
+            def __call__(self, graph: Any) -> None:
+                _keep_random_numbers(graph)
+
+            def uuid(self) -> str:
+                return "fastft: random numbers are kept, 1"
+
+        with (
+            cast(Any, functorch_config).patch(activation_memory_budget=share),
+            inductor.config.patch(joint_custom_post_pass=Pass()),
+        ):
             return inductor.compile_fx(graph, inputs, **options)
 
     return backend
+
+
+def _keep_random_numbers(graph: Any) -> None:
+    """Below a full budget torch 2.11's partitioner may draw them anew in the backward pass, which
+    makes gradients wrong without a word (pytorch issues 190717, 190758)."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _draws(node.target, node.args, node.kwargs):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _draws(operator: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Whether a call takes random numbers; attention does only where it has dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    return bool(arguments[place] if place < len(arguments) else keywords.get("dropout_p", 0.0))

@@ -184,9 +184,10 @@ def _measure(config: RunConfig) -> Measured:
         _require_blocks(task)
         with open_loader(adapter, config.data, seed=run.seed, device=device) as loader:
             adapter.prepare(task, loader)
-            example = loader.example().to(device)
+            # As many as a step holds.
+            held = [loader.example().to(device) for _ in range(config.accumulate)]
         step, forwards, average = _build(config, task, device, quiet)
-        batches = [example] * min(2, config.accumulate)
+        batches = held[:2]
         try:
             costs = measure_costs(step, forwards, batches)
         except torch.OutOfMemoryError as error:

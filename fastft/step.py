@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastft.blocks import running_statistics
 from fastft.config import GradientsConfig
 from fastft.errors import ConfigError
 from fastft.fused import TORCH_ONLY, Kernels
@@ -71,7 +72,7 @@ class TrainingStep:
         self._parameters = list(optimizer.parameters.values())
         self._untouched = list(range(len(names)))
         scaled = precision.name == "fp16"
-        self.statistics = _running_statistics(task.model)
+        self.statistics = running_statistics(task.model)
         self._kept = [torch.empty_like(buffer) for buffer in self.statistics.values()]
         self.guard = GradientGuard(
             names, gradients, precision.device, scaled=scaled, fused=kernels.norm
@@ -168,21 +169,11 @@ class TrainingStep:
         return Loss(loss.total.detach(), parts)
 
 
-def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of batch norms and their kin, by name."""
-    kind = nn.modules.batchnorm._NormBase
-    return {
-        f"{prefix}.{name}": buffer
-        for prefix, module in model.named_modules()
-        if isinstance(module, kind)
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-
-
 def _memory_of(module: nn.Module) -> Callable[[], None]:
     """What puts a module's own buffers and plain attributes back as they are now."""
     buffers = {
-        name: (buffer, None if buffer is None else _once(buffer).clone())
+        # On the CPU: a copy on the device would count in what a rehearsal measures.
+        name: (buffer, None if buffer is None else _once(buffer).to("cpu", copy=True))
         for name, buffer in module._buffers.items()
     }
     # A buffer may come with a number that says what it holds, such as the length of a cache.

@@ -10,7 +10,7 @@ from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
 from fastft.config import RunConfig, parse_bytes
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
-from fastft.memory.budget import budget_bytes, enforce
+from fastft.memory.budget import SLACK, budget_bytes, enforce
 from fastft.memory.plan import as_trained_in_the_end, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
@@ -62,18 +62,22 @@ def fit_batch(
     wanted = None if config.memory.budget is None else parse_bytes(config.memory.budget)
     limit = budget_bytes(wanted, device)
     enforce(None if wanted is None else limit, device)
+    limit = round(limit * (1 - SLACK))
     sizes = [n for n in range(1, samples + 1) if samples % n == 0 and n <= loader.samples]
 
     def fits(size: int) -> bool:
         data = with_batch_size(config, size).data
         example = open_loader(adapter, data, seed=config.run.seed, device=device).example()
-        # As many as a step holds.
-        held = [example.to(device) for _ in range(samples // size)]
+        try:
+            # As many as a step holds.
+            held = [example.to(device) for _ in range(samples // size)]
+        except torch.OutOfMemoryError:
+            return False
         return try_rehearsal(step, held[:2], limit) is not None
 
     with as_trained_in_the_end(config, step, staged):
         size = _largest(sizes, KEEP, forwards, fits) or _largest(sizes, RECOMPUTE, forwards, fits)
-    if forwards.mode == "blocks":
+    if config.step.compile != "off":
         # Graphs that have seen several sizes are slower than one made for the last.
         torch._dynamo.reset()
     if not size:

@@ -223,6 +223,7 @@ def measure_block(trial: _Trial, way: str, meter: Meter) -> Choice:
     """Bytes kept, and the highest forward and backward; the time is left at 0."""
     # The first compiles, and libraries make their workspaces.
     trial.run()
+    gc.collect()
     inputs = trial.fresh()
     meter.reset_peak()
     start = meter.allocated()

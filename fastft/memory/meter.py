@@ -48,7 +48,7 @@ class DeviceMeter:
         return torch.cuda.max_memory_allocated(self._device)
 
     def reset_peak(self) -> None:
-        """Begins a new peak, without garbage of earlier ones."""
+        """Begins a new peak, when all work so far is done."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
 

@@ -16,7 +16,14 @@ from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
 from fastft.config import RunConfig, parse_bytes
 from fastft.errors import PlanError, nearest
 from fastft.finetune import set_train_mode
-from fastft.memory.budget import GIB, SLACK, budget_bytes, enforce, nothing_fits
+from fastft.memory.budget import (
+    GIB,
+    SLACK,
+    budget_bytes,
+    enforce,
+    nothing_fits,
+    out_of_memory_explained,
+)
 from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
@@ -157,7 +164,8 @@ def make_plan(
         PlanError: nothing fits; the message says what would.
     """
     forwards.use_everywhere(KEEP)
-    peak = try_rehearsal(step, batches, limit)
+    # There is nothing better than thrashing where no block can recompute.
+    peak = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
     if peak is not None:
         return Plan(limit, dict(forwards.chosen), peak_bytes=peak)
     if not forwards.blocks:
@@ -225,8 +233,14 @@ def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
     }
 
 
-def try_rehearsal(step: TrainingStep, batches: Sequence[Batch], limit: int) -> int | None:
-    """The peak of the second of two rehearsals, None where the limit was hit."""
+def try_rehearsal(
+    step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
+) -> int | None:
+    """The peak of the second of two rehearsals, None where the limit was hit.
+
+    Args:
+        may_thrash: whether a step fits in which the allocator gave everything back and began again.
+    """
     device = step.precision.device
     try:
         rehearse(step, batches)
@@ -236,12 +250,12 @@ def try_rehearsal(step: TrainingStep, batches: Sequence[Batch], limit: int) -> i
     except torch.OutOfMemoryError as error:
         # Its frames hold the activations.
         error.__traceback__ = None
+        # It may have come while the optimizer made its state.
+        step.optimizer.forget()
         fits = False
     else:
-        # A retry means that the allocator gave everything back and began again: it thrashes. There
-        # is nothing better where no block can recompute.
         retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
-        fits = not retries or not step.task.blocks
+        fits = may_thrash or not retries
     peak = torch.cuda.max_memory_allocated(device)
     if not fits or peak > limit:
         _clean()
@@ -295,7 +309,8 @@ def plan_memory(
         if (found.peak_bytes or 0) <= limit:
             return _replay(found, forwards, saved, console)
     # As many as a step holds; from the second on they are alike.
-    held = [example().to(device) for _ in range(config.accumulate)]
+    with out_of_memory_explained():
+        held = [example().to(device) for _ in range(config.accumulate)]
     with as_trained_in_the_end(config, step, staged):
         plan = make_plan(step, forwards, held[:2], limit, console)
     if plan.predicted_seconds is not None:

@@ -129,8 +129,9 @@ class AdamPlan:
         state = self.optimizer.state
         for p, memory in zip(self.params, self.memory, strict=True):
             if not state[p]:
-                state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state[p].update(new_moments(memory, self.options.layout))
+                # All at once: half a state would stay where memory runs out.
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                state[p].update({"step": step, **new_moments(memory, self.options.layout)})
         if self.params:
             self.step = torch.stack([state[p]["step"] for p in self.params])
             for p, step in zip(self.params, self.step.unbind(), strict=True):

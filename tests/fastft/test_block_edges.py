@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastft.blocks import EAGER, RECOMPUTE, BlockForwards, Way
+from fastft.blocks import COMPILED, EAGER, KEEP, RECOMPUTE, BlockForwards, Way, _draws
 from fastft.errors import PlanError
 from fastft.precision import make_precision
 from fastft.task import Block, Loss, Task
@@ -104,3 +104,49 @@ def test_the_cache_of_casts_is_off_inside() -> None:
     # Forward and recomputation; otherwise every cast weight would stay until autocast ends.
     assert seen == [False, False]
     assert torch.is_autocast_cache_enabled()
+
+
+class Dropped(nn.Module):
+    """Dropout around two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(self.drop(torch.nn.functional.gelu(self.up(x)))))
+
+
+def test_compiled_ways_draw_their_random_numbers_once() -> None:
+    """torch's partitioner would draw some of them again in the backward pass."""
+    model = nn.Sequential(Dropped())
+    task = Task(model, lambda model, batch: Loss(torch.zeros(())), (Block("0", model[0]),))
+    forwards = BlockForwards(task, "blocks", make_precision("fp32", CPU))
+    x = torch.randn(64, 32)
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(3)
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        weights = [p for p in model.parameters() if p.ndim == 2]
+        loss = (output * torch.linspace(0, 1, 32)).sum()
+        return [output, *torch.autograd.grad(loss, [inputs, *weights])]
+
+    forwards.use_everywhere(KEEP)
+    expected = results()
+    for way in (COMPILED[2], COMPILED[4]):
+        forwards.use_everywhere(way)
+        for got, want in zip(results(), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    q = torch.empty(0)
+    assert not _draws(attention, (q, q, q), {})
+    assert not _draws(attention, (q, q, q, 0.0), {})
+    assert _draws(attention, (q, q, q, 0.1), {})
+    assert _draws(attention, (q, q, q), {"dropout_p": 0.1})
+    assert _draws(torch.ops.aten.native_dropout.default, (q, 0.5, True), {})
+    assert not _draws(torch.ops.aten.mm.default, (q, q), {})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from fastft.assemble import assemble, build_step
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, compile_task, ways
@@ -22,7 +23,7 @@ from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
 from fastft.runfile import parse
 from fastft.step import Ema, TrainingStep
-from fastft.task import Batch
+from fastft.task import Batch, Block, Loss, Task
 from fastft.train import train
 
 pytestmark = pytest.mark.gpu
@@ -264,3 +265,29 @@ def test_a_plan_keeps_to_its_budget_and_changes_no_loss(mode: str, tmp_path: Pat
         # Attention's backward on a GPU adds in no fixed order.
         assert losses_within == pytest.approx(expected, rel=0.02)
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+
+
+@pytest.mark.parametrize("mode", ["off", "blocks"])
+def test_every_way_draws_the_random_numbers_of_its_first_forward(mode: str) -> None:
+    """Dropout in attention, which the fused kernels draw themselves, and behind it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.2, batch_first=True, norm_first=True)
+    model = nn.Sequential(layer).to(CUDA)
+    task = Task(model, lambda model, batch: Loss(torch.zeros(())), (Block("0", layer),))
+    precision = make_precision("bf16", CUDA)
+    forwards = compile_task(task, mode, precision)
+    inputs = torch.randn(8, 32, 64, device=CUDA, requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with precision.autocast():
+            output = model(inputs)
+        loss = (output.float() * torch.linspace(0, 1, 64, device=CUDA)).sum()
+        return list(torch.autograd.grad(loss, [inputs, *model.parameters()]))
+
+    forwards.use_everywhere(KEEP)
+    expected = gradients()
+    for way in ways(mode):
+        forwards.use_everywhere(way)
+        for got, want in zip(gradients(), expected, strict=True):
+            assert (got - want).norm() <= 0.02 * want.norm() + 1e-6, way.name

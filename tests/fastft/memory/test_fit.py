@@ -46,7 +46,7 @@ class Device:
             monkeypatch.setattr(fit, name, value)
 
     def rehearse(self, step: object, batches: Sequence[Batch], limit: int) -> int | None:
-        assert limit == 10**9
+        assert limit == 0.99 * 10**9
         self.tried.append((self.way, batches[0].size, len(batches)))
         return 1 if batches[0].size <= self.most[self.way] else None
 

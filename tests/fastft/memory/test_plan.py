@@ -108,7 +108,10 @@ class Device:
         one = task()
         forwards = forwards_of(one)
 
-        def rehearse(step: TrainingStep, batches: Sequence[Batch], limit: int) -> int | None:
+        def rehearse(
+            step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
+        ) -> int | None:
+            assert not may_thrash
             chosen = picks(forwards.chosen)
             peak = self.true_peak(chosen)
             fits = peak <= limit and not self.hits(chosen)
@@ -276,7 +279,7 @@ def test_weights_and_gradients_in_the_message(monkeypatch: pytest.MonkeyPatch) -
             parameters=dict(model.named_parameters()), config=OptimConfig(lr=1.0)
         ),
     )
-    monkeypatch.setattr(plan, "try_rehearsal", lambda *_: None)
+    monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: None)
     with pytest.raises(PlanError) as raised:
         make_plan(cast(Any, held), forwards_of(one), [Batch({}, 8)], 2**30, quiet())
     assert raised.value.problems == (
@@ -293,7 +296,7 @@ def test_measuring_that_hits_the_limit_is_an_error_with_advice(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(plan, "try_rehearsal", lambda *_: None)
+    monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: None)
     monkeypatch.setattr(plan, "measure_costs", out_of_memory)
     one = task()
     with pytest.raises(PlanError, match=r"no plan fits 1\.00 GiB"):
@@ -306,7 +309,7 @@ def test_blocks_that_were_not_called_are_in_the_plan(
     """Or the plan could not be replayed."""
     costs = replace(COSTS, blocks=COSTS.blocks[:-1])
     peaks = iter([None, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST])
-    monkeypatch.setattr(plan, "try_rehearsal", lambda *_: next(peaks))
+    monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: next(peaks))
     monkeypatch.setattr(plan, "measure_costs", lambda *_: costs)
     one = task()
     forwards = forwards_of(one)
