@@ -202,7 +202,7 @@ def all_digests(scan: SourceScan, specs: Mapping[str, FieldSpec]) -> tuple[dict[
 
 def digest(sample: Sample, specs: Mapping[str, FieldSpec]) -> bytes | None:
     """Hash of the sample's arrays and floats, class indices aside; None where it has none."""
-    arrays = {name: as_array(value) for name, value in sample.items()}
+    arrays = {name: as_array(value) for name, value in _flat(sample)}
     inputs = {
         name: array
         for name, array in arrays.items()
@@ -217,6 +217,15 @@ def digest(sample: Sample, specs: Mapping[str, FieldSpec]) -> bytes | None:
         state.update(f"{name} {array.dtype} {array.shape} ".encode())
         state.update(np.ascontiguousarray(array).data)
     return state.digest()
+
+
+def _flat(sample: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested fields, as ('surf.2t', array)."""
+    for name, value in sample.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def as_array(value: Any) -> np.ndarray | None:
