@@ -10,6 +10,7 @@ from fastft.task import Adapter
 
 # Name -> (module, class, extra that installs the upstream package).
 ADAPTERS = {
+    "aurora": ("fastft.adapters.aurora", "AuroraAdapter", "aurora"),
     "timm": ("fastft.adapters.timm", "TimmAdapter", "timm"),
     "python": ("fastft.adapters.python", "open_python_adapter", None),
 }

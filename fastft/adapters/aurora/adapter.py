@@ -1,0 +1,123 @@
+"""The adapter: what the core asks for, each from the module that knows it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastft.adapters.aurora.batch import collate
+from fastft.adapters.aurora.build import (
+    argument,
+    blocks,
+    build_model,
+    constructor_arguments,
+    heads,
+    make_variables,
+    steps_matter,
+    timestep_hours,
+)
+from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, save
+from fastft.adapters.aurora.checks import weather_checks
+from fastft.adapters.aurora.data import open_weather
+from fastft.adapters.aurora.loss import AuroraLoss
+from fastft.adapters.aurora.options import AuroraOptions
+from fastft.config import DataSource
+from fastft.errors import ConfigError
+from fastft.task import (
+    Criterion,
+    DataCheck,
+    Dataset,
+    Description,
+    Loader,
+    Sample,
+    Split,
+    Task,
+)
+
+
+class AuroraAdapter:
+    """Aurora's classes for weather, with the paper's loss.
+
+    Precision: the trainer's autocast is around the loss, and upstream's own switches stay off. With
+    `autocast = "backbone"`, encoder and decoder are kept out of it, as in upstream's recipe.
+
+    Freezing is up to `finetune.method`, also with the low-rank updates that upstream's classes
+    bring (`arguments.use_lora`), which freeze nothing.
+    """
+
+    Options: ClassVar[type] = AuroraOptions
+
+    def __init__(self, options: AuroraOptions) -> None:
+        self.options = options
+        # Both raise ConfigError; before data are opened.
+        constructor_arguments(options)
+        self.variables = make_variables(options)
+        self.checks: Sequence[DataCheck] = weather_checks(self.variables.locations())
+
+    def build(
+        self,
+        criterion: Criterion | None,
+        *,
+        device: torch.device,
+        checkpoint: Path | None,
+        pretrained: bool,
+    ) -> Task:
+        """The model under the paper's loss; `[loss]` must have no terms."""
+        if criterion is not None:
+            raise ConfigError(
+                "loss.terms: must be absent, since the aurora adapter has the paper's loss; got"
+                " some; remove them, and see model.options.loss"
+            )
+        options, variables = self.options, self.variables
+        repeats = steps_matter(options, options.rollout_steps)
+        loss = AuroraLoss(options.loss, variables, steps_matter=repeats)
+        model = build_model(options, variables)
+        if options.hub and pretrained:
+            load_hub(model, options, variables)
+        model.to(device)
+        return Task(model=model, loss=loss, blocks=blocks(model), heads=heads(model, variables))
+
+    def weights(self, path: Path) -> Mapping[str, Tensor] | None:
+        """As upstream converts them; None for fastft's own folders, which the core reads."""
+        return read_weights(path, argument(self.options, "max_history_size"))
+
+    def dataset(self, source: DataSource, split: Split) -> Dataset:
+        """netCDF files or a Zarr store."""
+        return open_weather(
+            source,
+            split,
+            surf_vars=self.variables.surf,
+            static_vars=self.variables.static,
+            atmos_vars=self.variables.atmos,
+            levels=self.options.levels,
+            timestep_hours=timestep_hours(self.options),
+            rollout_steps=self.options.rollout_steps,
+            patch_size=argument(self.options, "patch_size"),
+        )
+
+    def transform(self, sample: Sample, split: Split) -> Sample:
+        """Samples are as the model takes them."""
+        return sample
+
+    def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """See `fastft.adapters.aurora.batch`."""
+        return collate(
+            samples,
+            self.variables,
+            levels=self.options.levels,
+            steps=self.options.rollout_steps,
+            patch_size=argument(self.options, "patch_size"),
+        )
+
+    def prepare(self, task: Task, loader: Loader) -> None:
+        """Nothing depends on the data: statistics are the run file's or upstream's."""
+
+    def save(self, task: Task, path: Path) -> None:
+        """A file for `load_checkpoint_local`, and `<path>.json` with variables and statistics."""
+        save(task.model, self.options, self.variables, path)
+
+    def describe(self, path: Path) -> Description | None:
+        """Variables, levels and sizes; None where the file is no checkpoint of Aurora's."""
+        return describe(path, argument(self.options, "max_history_size"))

@@ -1,0 +1,141 @@
+"""The paper's loss, over one step or a roll-out.
+
+Bodnar et al. 2024 (arXiv 2405.13063), Supplement D:
+
+    L = gamma / (V_S + V_A) * (alpha * sum_k w_k mean|dS_k| + beta * sum_k w_k mean|dA_k|)
+
+with the differences d of normalised variables, means over all points and levels, and V_S and V_A
+the numbers of surface and atmospheric variables. Points are not weighted by their area.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from aurora.normalisation import level_to_str
+
+# Private, but the step of upstream's own roll-out; the package's version is pinned.
+from aurora.rollout import _advance_batch
+from torch import Tensor, nn
+
+from fastft.adapters.aurora.batch import first_state
+from fastft.adapters.aurora.options import LOSS_WEIGHTS, AuroraLossOptions
+from fastft.adapters.aurora.variables import Variables
+from fastft.errors import ConfigError, nearest
+from fastft.task import Batch, Loss
+
+
+class AuroraLoss:
+    """Rolls the model out over a batch's targets.
+
+    The total is the mean over the steps, with gradients through all of them, or with `pushforward`
+    that of the last step. `parts` are the normalised errors of each variable, unweighted; over
+    several steps also each step's loss, 'step-2'.
+
+    Args:
+        options: weights.
+        variables: the run's.
+        steps_matter: whether the model depends on the number of the roll-out step. Where it does
+            not, it is told none: compiled blocks are compiled anew for each.
+
+    Raises:
+        ConfigError: a weight of a variable that the run does not have, or one below 0.
+    """
+
+    def __init__(
+        self, options: AuroraLossOptions, variables: Variables, *, steps_matter: bool
+    ) -> None:
+        self._variables, self._steps_matter = variables, steps_matter
+        self._pushforward = options.pushforward
+        predicted = [*variables.surf, *variables.atmos]
+        problems = [
+            f"model.options.loss.weights: '{name}' must be a predicted variable; it is"
+            f" none{nearest(name, predicted)}"
+            for name in options.weights
+            if name not in predicted
+        ]
+        problems += [
+            f"model.options.loss.weights.{name}: must be 0 or more; got {weight}; correct it"
+            for name, weight in options.weights.items()
+            if not weight >= 0
+        ]
+        if problems:
+            raise ConfigError(problems)
+        weights = {**LOSS_WEIGHTS[options.preset], **options.weights}
+        shares = dict.fromkeys(variables.surf, options.alpha)
+        shares |= dict.fromkeys(variables.atmos, options.beta)
+        factor = options.gamma / len(predicted)
+        self._coefficients = {n: factor * s * weights.get(n, 1.0) for n, s in shares.items()}
+
+    def __call__(self, model: nn.Module, batch: Batch, /) -> Loss:
+        """The loss; predictions, in physical units, only without gradients, as in evaluations."""
+        targets = {name: batch[name] for name in self._coefficients}
+        steps = next(iter(targets.values())).shape[1]
+        state = first_state(batch.data)
+        evaluating = not torch.is_grad_enabled()
+        totals: list[Tensor] = []
+        errors: list[dict[str, Tensor]] = []
+        predictions: list[dict[str, Tensor]] = []
+        for step in range(steps):
+            last = step == steps - 1
+            with torch.no_grad() if self._pushforward and not last else contextlib.nullcontext():
+                predicted = model(state)
+                values = {**predicted.surf_vars, **predicted.atmos_vars}
+                error = self._errors(values, targets, step, batch["levels"])
+                totals.append(self._total(error))
+                if not last:
+                    state = self._next(model, state, predicted)
+            errors.append({name: value.detach() for name, value in error.items()})
+            if evaluating:
+                predictions.append(values)
+        total = totals[-1] if self._pushforward else torch.stack(totals).mean()
+        parts = {name: torch.stack([e[name] for e in errors]).mean() for name in errors[0]}
+        if steps > 1:
+            parts |= {f"step-{i + 1}": value.detach() for i, value in enumerate(totals)}
+        return Loss(total, parts, _joined(predictions) if evaluating else None)
+
+    def _errors(
+        self,
+        predicted: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        step: int,
+        levels: tuple[int, ...],
+    ) -> dict[str, Tensor]:
+        """Mean absolute errors of normalised variables.
+
+        The location of both is the same: dividing the difference by the scale rounds once less
+        than normalising both, and keeps less for the backward pass.
+        """
+        errors = {}
+        for name in self._variables.surf:
+            difference = (predicted[name][:, 0] - targets[name][:, step]).abs()
+            errors[name] = difference.mean() / self._variables.statistics[name].scale
+        for name in self._variables.atmos:
+            difference = (predicted[name][:, 0] - targets[name][:, step]).abs()
+            statistics = self._variables.levels[name]
+            scales = [statistics[level_to_str(level)].scale for level in levels]
+            by_level = difference.mean((0, 2, 3))
+            errors[name] = (by_level / by_level.new_tensor(scales)).mean()
+        return errors
+
+    def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self._coefficients[n] * error for n, error in errors.items()]).sum()
+
+    def _next(self, model: nn.Module, state: Any, predicted: Any) -> Any:
+        """The next step's input, as `aurora.rollout` makes it."""
+        clipped = cast(Any, model).apply_rollout_input_clipping(predicted)
+        state = _advance_batch(state, clipped)
+        if self._steps_matter:
+            return state
+        return dataclasses.replace(
+            state, metadata=dataclasses.replace(state.metadata, rollout_step=0)
+        )
+
+
+def _joined(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each variable's predictions as `[B, R, ...]`."""
+    if len(steps) == 1:
+        return steps[0]
+    return {name: torch.cat([values[name] for values in steps], 1) for name in steps[0]}

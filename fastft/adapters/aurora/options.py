@@ -1,0 +1,111 @@
+"""`[model.options]` of the aurora adapter."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+# Those that Aurora was pretrained on, and has statistics for.
+LEVELS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 925, 1000)
+
+# Bodnar et al. 2024 (arXiv 2405.13063), Supplement D: the weights w_k of the loss, in pretraining
+# and in fine-tuning on IFS HRES at 0.25 degrees. Variables without one have weight 1.
+LOSS_WEIGHTS = {
+    "none": {},
+    "pretrain": {
+        **{"msl": 1.5, "10u": 0.77, "10v": 0.66, "2t": 3.0},
+        **{"z": 2.8, "q": 0.78, "t": 1.7, "u": 0.87, "v": 0.6},
+    },
+    "ifs": {
+        **{"msl": 1.6, "10u": 0.77, "10v": 0.66, "2t": 3.5},
+        **{"z": 3.5, "q": 0.8, "t": 1.7, "u": 0.87, "v": 0.6},
+    },
+}
+
+_VARIABLES = (
+    " variables: an array of names takes just these; a table adds to those of the class, with"
+    " their statistics"
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AuroraLossOptions:
+    """The paper's weighted mean absolute error of normalised variables."""
+
+    preset: Annotated[
+        Literal["none", "pretrain", "ifs"],
+        Field(description="Weights of the paper's pretraining or of its IFS fine-tuning."),
+    ] = "pretrain"
+    weights: Annotated[
+        dict[str, float], Field(description="Variable -> weight, over the preset's; default 1.")
+    ] = field(default_factory=dict)
+    alpha: Annotated[float, Field(ge=0, description="Weight of the surface variables.")] = 0.25
+    beta: Annotated[float, Field(ge=0, description="Weight of the atmospheric variables.")] = 1.0
+    gamma: Annotated[
+        float, Field(gt=0, description="Weight of the data set; the paper's: 2 for ERA5, else 1.")
+    ] = 1.0
+    pushforward: Annotated[
+        bool,
+        Field(description="Roll-out: loss and gradients of the last step only, not of all steps."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AuroraOptions:
+    """`[model.options]` of the aurora adapter."""
+
+    model_class: Annotated[str, Field(description="Class of the package aurora.")] = (
+        "AuroraPretrained"
+    )
+    arguments: Annotated[
+        dict[str, Any], Field(description="Further arguments of the class's constructor.")
+    ] = field(default_factory=dict)
+    surf_vars: Annotated[
+        tuple[Any, ...] | dict[str, Any] | None,
+        Field(description=f"Surface{_VARIABLES}: tp = {{ location = 0.0, scale = 0.01 }}."),
+    ] = None
+    static_vars: Annotated[
+        tuple[Any, ...] | dict[str, Any] | None,
+        Field(description=f"Static{_VARIABLES} as for surf_vars."),
+    ] = None
+    atmos_vars: Annotated[
+        tuple[Any, ...] | dict[str, Any] | None,
+        Field(
+            description=f"Atmospheric{_VARIABLES}, for all levels or by level in hPa:"
+            ' w = { "500" = { location = 0.0, scale = 0.2 } }.'
+        ),
+    ] = None
+    levels: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(min_length=1, description="Pressure levels of the data in hPa."),
+    ] = LEVELS
+    new_embeddings: Annotated[
+        Literal["zero", "random"],
+        Field(
+            description="Embeddings of variables that the class has not: 'zero' leaves what is"
+            " predicted of the others as it was."
+        ),
+    ] = "zero"
+    stabilise_level_agg: Annotated[
+        bool, Field(description="Normalise keys and queries where levels are aggregated.")
+    ] = False
+    timestep_hours: Annotated[
+        float | None, Field(gt=0, description="Lead time of a step; default: the class's.")
+    ] = None
+    rollout_steps: Annotated[
+        int, Field(ge=1, description="Steps that each sample has targets for, and losses.")
+    ] = 1
+    hub: Annotated[
+        bool, Field(description="Start from the class's weights on the Hugging Face hub.")
+    ] = False
+    autocast: Annotated[
+        Literal["backbone", "all"],
+        Field(
+            description="What step.precision = 'bf16' or 'fp16' runs in: the backbone, as upstream,"
+            " or encoder and decoder too. step.precision = 'fp32' turns it off."
+        ),
+    ] = "backbone"
+    loss: Annotated[AuroraLossOptions, Field(description="The loss.")] = AuroraLossOptions()

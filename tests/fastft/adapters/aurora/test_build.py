@@ -1,0 +1,130 @@
+"""The model that the trainer gets: its class, blocks, compiled graphs."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import aurora
+import pytest
+import torch
+from torch import nn
+
+from fastft.adapters import registry
+from fastft.adapters.aurora.build import timestep_hours
+from fastft.blocks import allow_graphs
+from fastft.config import FinetuneConfig
+from fastft.errors import AdapterError, ConfigError
+from fastft.finetune import apply_method
+from fastft.task import Batch, Loss
+
+CPU = torch.device("cpu")
+
+
+def test_files_are_short() -> None:
+    import fastft.adapters.aurora
+
+    folders = Path(cast(str, fastft.adapters.aurora.__file__)).parent, Path(__file__).parent
+    for folder in folders:
+        for file in folder.glob("*.py"):
+            assert len(file.read_text().splitlines()) <= 400, file
+
+
+def test_classes(make_adapter: Any) -> None:
+    for name in ("Aurora", "AuroraSmallPretrained", "Aurora12hPretrained", "AuroraHighRes"):
+        adapter = make_adapter(model_class=name)
+        model = adapter.build(None, device=CPU, checkpoint=None, pretrained=True).model
+        assert type(model) is getattr(aurora, name)
+        assert model.use_lora == (name in ("Aurora", "AuroraHighRes"))
+        hours = 12.0 if name == "Aurora12hPretrained" else 6.0
+        assert timestep_hours(adapter.options) == model.timestep.total_seconds() / 3600 == hours
+
+
+def test_a_loss_of_the_run_file_is_refused(make_adapter: Any) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.terms: must be absent, since the aurora adapter"):
+        make_adapter().build(
+            lambda predictions, fields: Loss(predictions),
+            device=CPU,
+            checkpoint=None,
+            pretrained=True,
+        )
+
+
+def test_blocks_are_in_forward_order(make_adapter: Any, build: Any, make_samples: Any) -> None:
+    adapter = make_adapter()
+    task = build(adapter)
+    called: list[nn.Module] = []
+    for block in task.blocks:
+        assert not block.dynamic
+        assert task.model.get_submodule(block.name) is block.module
+        block.module.register_forward_hook(lambda module, *_: called.append(module))
+    task.loss(task.model, Batch(adapter.collate(make_samples(adapter)), 2))
+    assert [block.module for block in task.blocks] == called
+    kinds = [m for m in task.model.modules() if type(m).__name__ == "Swin3DTransformerBlock"]
+    assert len(kinds) == len(called) == 6
+
+
+@pytest.mark.parametrize("rollout_steps", [1, 2])
+def test_blocks_compile(
+    rollout_steps: int, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    adapter = make_adapter(rollout_steps=rollout_steps)
+    task = build(adapter)
+    batch = Batch(adapter.collate(make_samples(adapter)), 2)
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        task.model.zero_grad()
+        loss = task.loss(task.model, batch)
+        loss.total.backward()
+        return loss.total, {n: p.grad for n, p in task.model.named_parameters()}
+
+    eager, gradients = run()
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    allow_graphs(len(task.blocks))
+    for block in task.blocks:
+        block.module.forward = torch.compile(
+            block.module.forward, fullgraph=True, dynamic=False, backend=count
+        )
+    compiled, others = run()
+    # Two depths of the network, the first one shifted and not; a second step makes no new ones.
+    assert len(graphs) == 3
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-6)
+    # The mask is a constant: nothing in the graphs fills one.
+    assert not any("setitem" in str(node.target) for g in graphs for node in g.graph.nodes)
+
+
+def test_new_variables_alone_can_be_trained(make_adapter: Any, build: Any) -> None:
+    task = build(make_adapter(surf_vars={"tp": {"location": 0.0, "scale": 0.01}}))
+    apply_method(task, FinetuneConfig(method="heads"))
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert trained == set(task.heads)
+
+    task = build(make_adapter())
+    assert task.heads == ["decoder.surf_heads", "decoder.atmos_heads"]
+
+
+def test_upstreams_lora_is_there_and_freezes_nothing(make_adapter: Any, build: Any) -> None:
+    task = build(make_adapter(arguments={"use_lora": True}))
+    names = [name for name, p in task.model.named_parameters() if ".lora_" in name]
+    assert names
+    apply_method(task, FinetuneConfig())
+    assert all(p.requires_grad for p in task.model.parameters())
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'aurora'", name="aurora")
+
+    monkeypatch.setattr(registry.importlib, "import_module", fail)
+    with pytest.raises(
+        AdapterError, match=r"'aurora' needs the package aurora; install fastft\[auro"
+    ):
+        registry._load("aurora")
