@@ -1,10 +1,10 @@
-"""`fastft check` and `fastft show`: the data of a run file, and what a checkpoint holds."""
+"""`fastft check`, `stats` and `show`: the data of a run file, and what a checkpoint holds."""
 
 from pathlib import Path
 
 from rich.console import Console
 
-from fastft.adapters.registry import find_adapter
+from fastft.adapters.registry import compute_statistics, find_adapter
 from fastft.assemble import assemble, check_run_data, open_split
 from fastft.checkpoint import describe_checkpoint
 from fastft.config import RunConfig
@@ -33,6 +33,13 @@ def check(config: RunConfig, console: Console) -> None:
         console.print(
             f"{', '.join(loader.names)}: {loader.samples:,} samples", markup=False, highlight=False
         )
+
+
+def stats(config: RunConfig, console: Console, most: int) -> None:
+    """Prints what the training data's values are normalised by, for a run file."""
+    seed_everything(config.run.seed)
+    text = compute_statistics(config.model, config.data.train, most)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(path: Path, config: RunConfig | None) -> Description:

@@ -1,4 +1,4 @@
-"""The command line: `fastft train | plan | evaluate | check | show | export | schema`."""
+"""The command line: `fastft train | plan | evaluate | check | stats | show | export | schema`."""
 
 import argparse
 import importlib
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastft import __version__
 from fastft.config import RunConfig
-from fastft.errors import FastftError
+from fastft.errors import ConfigError, FastftError
 from fastft.runfile import read_run_file, schema
 
 _EXIT_CODES = """\
@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", choices=["validation", "test"], default="validation")
     _add_checkpoint(command)
     _add_run_command(commands, "check", _check, "check the data of a run file")
+    command = _add_run_command(
+        commands, "stats", _stats, "compute what the data's variables are normalised by"
+    )
+    command.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="samples to read (default: 200)"
+    )
     command = _add_run_command(
         commands, "export", _export, "write a checkpoint for the model family's own tools"
     )
@@ -194,6 +200,12 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
 def _check(options: argparse.Namespace, console: Console) -> None:
     importlib.import_module("fastft.check").check(_config(options), console)
+
+
+def _stats(options: argparse.Namespace, console: Console) -> None:
+    if options.samples < 1:
+        raise ConfigError(f"--samples: must be at least 1; got {options.samples}; raise it")
+    importlib.import_module("fastft.check").stats(_config(options), console, options.samples)
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:

@@ -1,9 +1,10 @@
 """Adapters by name, imported on demand so that only the family in use must be installed."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, cast
 
-from fastft.config import ModelConfig
+from fastft.config import DataSource, ModelConfig
 from fastft.errors import AdapterError, nearest
 from fastft.runfile import parse
 from fastft.task import Adapter
@@ -26,6 +27,26 @@ def find_adapter(config: ModelConfig) -> Adapter:
     make = _load(config.adapter)
     options = parse(make.Options, config.options, key="model.options")
     return cast(Adapter, make(options))
+
+
+def compute_statistics(config: ModelConfig, sources: Sequence[DataSource], most: int) -> str:
+    """What a data set's values are normalised by, as the part of a run file that says so.
+
+    Args:
+        sources: training data sets; one text over all of them is up to the adapter.
+        most: samples to read of each.
+
+    Raises:
+        AdapterError: the adapter has no such statistics.
+    """
+    make = _load(config.adapter)
+    compute = getattr(make, "statistics", None)
+    if compute is None:
+        raise AdapterError(
+            f"model.adapter: '{config.adapter}' takes no statistics from data; use an adapter that"
+            " does, such as 'aurora'"
+        )
+    return compute(parse(make.Options, config.options, key="model.options"), sources, most)
 
 
 def _load(name: str) -> Any:

@@ -332,4 +332,10 @@ OTHER_COMMANDS = [
         "500MB: optim.moments: 'bf16' saves 0.00 GiB, '8bit' saves 0.00 GiB",
         "500MB: finetune: method = 'lora', or freezing what need not be trained, saves most",
     ),
+    case(
+        "statistics of a family without",
+        "stats run.toml",
+        "model.adapter: 'python' takes no statistics from data; use an adapter that does, such as"
+        " 'aurora'",
+    ),
 ]

@@ -1,5 +1,6 @@
 """The adapter: what the core asks for, each from the module that knows it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from fastft.adapters.aurora.checks import weather_checks
 from fastft.adapters.aurora.data import open_weather
 from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
+from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.config import DataSource
 from fastft.errors import ConfigError
 from fastft.task import (
@@ -55,6 +57,20 @@ class AuroraAdapter:
         constructor_arguments(options)
         self.variables = make_variables(options)
         self.checks: Sequence[DataCheck] = weather_checks(self.variables.locations())
+
+    @classmethod
+    def statistics(cls, options: AuroraOptions, sources: Sequence[DataSource], most: int) -> str:
+        """`[model.options]` tables with location and scale, from the first training data set.
+
+        Of the variables in tables, which may be empty as in `surf_vars = { tp = {} }`; where there
+        are none, of all.
+        """
+        tables = {"surf_vars": options.surf_vars, "atmos_vars": options.atmos_vars}
+        wanted = {name for table in tables.values() if isinstance(table, dict) for name in table}
+        known = {key: _with_some_statistics(table) for key, table in tables.items()}
+        adapter = cls(dataclasses.replace(options, rollout_steps=1, **known))
+        found = compute_statistics(adapter.dataset(sources[0], "train"), most)
+        return format_statistics({n: s for n, s in found.items() if not wanted or n in wanted})
 
     def build(
         self,
@@ -121,3 +137,10 @@ class AuroraAdapter:
     def describe(self, path: Path) -> Description | None:
         """Variables, levels and sizes; None where the file is no checkpoint of Aurora's."""
         return describe(path, argument(self.options, "max_history_size"))
+
+
+def _with_some_statistics(table: Any) -> Any:
+    """A table in which no variable lacks statistics, so that its data can be opened."""
+    if not isinstance(table, dict):
+        return table
+    return {name: entry or {"location": 0.0, "scale": 1.0} for name, entry in table.items()}
