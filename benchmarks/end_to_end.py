@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.models import Decoder, markov_tokens, prototype_images
-from fastft.blocks import compile_task
-from fastft.config import GradientsConfig, OptimConfig, RunConfig, ScheduleConfig
-from fastft.fused import choose_kernels, fuse_layer_norms
-from fastft.optim import Optimizer, make_groups
-from fastft.precision import make_precision
-from fastft.runfile import parse
+from benchmarks.models import (
+    Decoder,
+    classifier_task,
+    markov_tokens,
+    prototype_images,
+    trainer_step,
+)
+from fastft.config import OptimConfig, ScheduleConfig
+from fastft.optim import make_groups
 from fastft.runtime import environment
-from fastft.step import TrainingStep
-from fastft.task import Batch, Loss, Task, repeated_blocks
+from fastft.task import Batch, Task
 
 DEVICE = torch.device("cuda", 0)
 CLIP = 1.0
@@ -77,19 +77,6 @@ CASES = {
 }
 
 
-def make_task(case: Case, seed: int) -> Task:
-    """The model on the device, weights drawn from the seed."""
-    torch.manual_seed(seed)
-    with torch.device(DEVICE):
-        model = case.make_model()
-
-    def loss(model: nn.Module, batch: Batch) -> Loss:
-        logits = model(batch["inputs"])
-        return Loss(F.cross_entropy(logits.flatten(0, -2), batch["targets"].flatten()), {})
-
-    return Task(model, loss, repeated_blocks(model), layer_norms=(LayerNorm,))
-
-
 def plain_step(task: Task, optim: OptimConfig, compiled: bool) -> Callable[[int, Pair], Tensor]:
     """What a user writes: autocast, fused AdamW, clip_grad_norm_."""
     groups = [
@@ -120,25 +107,9 @@ def plain_step(task: Task, optim: OptimConfig, compiled: bool) -> Callable[[int,
 def fastft_step(
     task: Task, optim: OptimConfig, compiled: str, layer_norm: str
 ) -> Callable[[int, Pair], Tensor]:
-    """The trainer's own step, put together as `fastft train` does it."""
-    tree: dict[str, Any] = {
-        "run": {"folder": "none", "steps": 10_000},
-        "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
-        "data": {"train": [{"path": "none"}], "batch_size": 1},
-        "optim": {"lr": optim.lr},
-        "step": {"compile": compiled, "layer_norm": layer_norm},
-    }
-    config = replace(
-        parse(RunConfig, tree, where="benchmark"),
-        optim=optim,
-        gradients=GradientsConfig(clip_norm=CLIP),
-    )
-    fuse_layer_norms(task, config, DEVICE)
-    precision = make_precision("bf16", DEVICE)
-    compile_task(task, compiled, precision)
-    kernels = choose_kernels(config, task.model.parameters(), DEVICE)
-    optimizer = Optimizer(make_groups(task, optim, {}), optim, config.run.steps, kernels)
-    step = TrainingStep(task, optimizer, None, config.gradients, precision, kernels)
+    """The trainer's own step."""
+    settings = {"precision": "bf16", "compile": compiled, "layer_norm": layer_norm}
+    step, _ = trainer_step(task, DEVICE, optim, CLIP, **settings)
 
     def run(index: int, pair: Pair) -> Tensor:
         data = {"inputs": pair[0], "targets": pair[1]}
@@ -192,7 +163,7 @@ def main() -> None:
         torch._dynamo.reset()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = make(make_task(case, seed), case.optim)
+        step = make(classifier_task(case.make_model, DEVICE, seed), case.optim)
 
         def numbered(i: int, step: Any = step, pool: list[Pair] = batches[seed]) -> Tensor:
             return step(i, pool[i % POOL])

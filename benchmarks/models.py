@@ -1,8 +1,21 @@
-"""The models and data that benchmarks train: a GPT-like decoder, and data that can be learned."""
+"""What benchmarks train: a GPT-like decoder, data that can be learned, the trainer's own step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
+from rich.console import Console
+from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastft.assemble import build_step
+from fastft.blocks import BlockForwards
+from fastft.config import GradientsConfig, OptimConfig, RunConfig
+from fastft.runfile import parse
+from fastft.step import TrainingStep
+from fastft.task import Batch, Loss, Task, repeated_blocks
 
 
 class DecoderBlock(nn.Module):
@@ -81,3 +94,39 @@ def prototype_images(
         noise = torch.randn(clean.shape, generator=draw, device=device)
         found.append((0.5 * clean + noise, targets))
     return found
+
+
+def classifier_task(make_model: Callable[[], nn.Module], device: torch.device, seed: int) -> Task:
+    """A model that maps 'inputs' to logits of 'targets', its weights drawn from the seed."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = make_model()
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        logits = model(batch["inputs"])
+        return Loss(F.cross_entropy(logits.flatten(0, -2), batch["targets"].flatten()), {})
+
+    return Task(model, loss, repeated_blocks(model), layer_norms=(LayerNorm,))
+
+
+def trainer_step(
+    task: Task, device: torch.device, optim: OptimConfig, clip_norm: float, **step: str
+) -> tuple[TrainingStep, BlockForwards]:
+    """The step of `fastft train` over a task, and how its blocks run.
+
+    Args:
+        step: the run file's `[step]`.
+    """
+    tree: dict[str, Any] = {
+        "run": {"folder": "none", "steps": 10_000},
+        "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
+        "data": {"train": [{"path": "none"}], "batch_size": 1},
+        "optim": {"lr": optim.lr},
+        "step": step,
+    }
+    config = replace(
+        parse(RunConfig, tree, where="benchmark"),
+        optim=optim,
+        gradients=GradientsConfig(clip_norm=clip_norm),
+    )
+    return build_step(config, task, device, Console(width=150))

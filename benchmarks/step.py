@@ -22,14 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastft.assemble import assemble
-from fastft.blocks import compile_task
+from fastft.assemble import assemble, build_step
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
-from fastft.fused import choose_kernels, fuse_layer_norms
-from fastft.optim import Optimizer, make_groups
-from fastft.precision import make_precision
 from fastft.runfile import parse
 from fastft.runtime import environment, seed_everything
 from fastft.step import TrainingStep
@@ -59,27 +55,23 @@ def make_config(folder: Path) -> RunConfig:
     return parse(RunConfig, tree, where="benchmark")
 
 
-def build_step(config: RunConfig, precision: str, mode: str) -> tuple[TrainingStep, list[Batch]]:
+def make_step(config: RunConfig, precision: str, mode: str) -> tuple[TrainingStep, list[Batch]]:
     """The step, and the batches of the first four steps on the device."""
     seed_everything(0)
-    # What is compiled decides which layer norm runs.
-    config = dataclasses.replace(config, step=dataclasses.replace(config.step, compile=mode))
-    task, adapter = assemble(config, DEVICE, Console(file=io.StringIO()))
-    kernels = choose_kernels(config, task.model.parameters(), DEVICE)
-    groups = make_groups(task, config.optim, {})
-    optimizer = Optimizer(groups, config.optim, config.run.steps, kernels)
-    resolved = make_precision(precision, DEVICE)
-    fuse_layer_norms(task, config, DEVICE)
-    compile_task(task, mode, resolved)
+    settings = dataclasses.replace(config.step, precision=precision, compile=mode)
+    config = dataclasses.replace(config, step=settings)
+    quiet = Console(file=io.StringIO())
+    task, adapter = assemble(config, DEVICE, quiet)
+    step, _ = build_step(config, task, DEVICE, quiet)
     set_train_mode(task.model, "full")
     with open_loader(adapter, config.data, seed=0, device=DEVICE) as loader:
         batches = [batch.to(DEVICE) for batch, _ in zip(loader.batches(), range(4), strict=False)]
-    return TrainingStep(task, optimizer, None, config.gradients, resolved, kernels), batches
+    return step, batches
 
 
 def measure(config: RunConfig, precision: str, mode: str) -> dict[str, object]:
     """Times 20 steps after 10, then profiles 5."""
-    step, batches = build_step(config, precision, mode)
+    step, batches = make_step(config, precision, mode)
     torch.cuda.reset_peak_memory_stats()
     losses = [step(i, [batches[i % 4]]).loss for i in range(10)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]

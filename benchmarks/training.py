@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +24,30 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.models import Decoder, markov_tokens, prototype_images
-from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, compile_task
-from fastft.config import GradientsConfig, OptimConfig, RunConfig, ScheduleConfig, parse_bytes
-from fastft.fused import choose_kernels, fuse_layer_norms
+from benchmarks.models import (
+    Decoder,
+    classifier_task,
+    markov_tokens,
+    prototype_images,
+    trainer_step,
+)
+from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
+from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.measure import rehearse
 from fastft.memory.plan import make_plan, measure_costs
 from fastft.memory.solve import peak_bytes, smallest_peak
-from fastft.optim import Optimizer, make_groups
-from fastft.precision import make_precision
 from fastft.profiling.flops import peak_flops
-from fastft.runfile import parse
 from fastft.runtime import environment
 from fastft.step import TrainingStep
-from fastft.task import Batch, Loss, Task, repeated_blocks
+from fastft.task import Batch
 
 # As the command line sets it; read when torch first allocates.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 DEVICE = torch.device("cuda", 0)
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
-GRADIENTS = GradientsConfig(clip_norm=1.0)
 POOL, STEPS = 4, 8
 PRECISION = "bf16"
 Pair = tuple[Tensor, Tensor]
@@ -98,36 +97,11 @@ CASES = {
 }
 
 
-def make_task(case: Case) -> Task:
-    """The model on the device, from seed 0."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = case.make_model()
-
-    def loss(model: nn.Module, batch: Batch) -> Loss:
-        logits = model(batch["inputs"])
-        return Loss(F.cross_entropy(logits.flatten(0, -2), batch["targets"].flatten()), {})
-
-    return Task(model, loss, repeated_blocks(model), layer_norms=(LayerNorm,))
-
-
 def make_step(case: Case) -> tuple[TrainingStep, BlockForwards, list[Batch]]:
-    """The trainer's step, put together as `fastft train` does it."""
-    tree: dict[str, Any] = {
-        "run": {"folder": "none", "steps": 10_000},
-        "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
-        "data": {"train": [{"path": "none"}], "batch_size": 1},
-        "optim": {"lr": OPTIM.lr},
-        "step": {"compile": case.compile, "precision": PRECISION},
-    }
-    config = replace(parse(RunConfig, tree, where="benchmark"), optim=OPTIM, gradients=GRADIENTS)
-    task = make_task(case)
-    print(fuse_layer_norms(task, config, DEVICE) or "layer norms: torch's", flush=True)
-    precision = make_precision(PRECISION, DEVICE)
-    forwards = compile_task(task, case.compile, precision)
-    kernels = choose_kernels(config, task.model.parameters(), DEVICE)
-    optimizer = Optimizer(make_groups(task, OPTIM, {}), OPTIM, config.run.steps, kernels)
-    step = TrainingStep(task, optimizer, None, GRADIENTS, precision, kernels)
+    """The trainer's step, how its blocks run, and its batches."""
+    task = classifier_task(case.make_model, DEVICE, seed=0)
+    settings = {"precision": PRECISION, "compile": case.compile}
+    step, forwards = trainer_step(task, DEVICE, OPTIM, clip_norm=1.0, **settings)
     pairs = case.make_batches()
     batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in pairs]
     return step, forwards, batches

@@ -17,9 +17,7 @@ from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, compile_task, ways
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
-from fastft.fused import choose_kernels, fuse_layer_norms
-from fastft.memory import make_plan, plan
-from fastft.optim import Optimizer, make_groups
+from fastft.memory import budget, make_plan, plan
 from fastft.precision import make_precision
 from fastft.runfile import parse
 from fastft.step import Ema, TrainingStep
@@ -93,17 +91,12 @@ def losses(config: RunConfig, steps: int) -> list[float]:
 
 
 def build(config: RunConfig):
-    task, adapter = assemble(config, CUDA, Console(file=io.StringIO()))
+    console = Console(file=io.StringIO())
+    task, adapter = assemble(config, CUDA, console)
     loader = open_loader(adapter, config.data, seed=0, device=CUDA)
-    fuse_layer_norms(task, config, CUDA)
-    groups = make_groups(task, config.optim, {})
-    kernels = choose_kernels(config, task.model.parameters(), CUDA)
-    optimizer = Optimizer(groups, config.optim, config.run.steps, kernels)
-    precision = make_precision(config.step.precision, CUDA)
-    forwards = compile_task(task, config.step.compile, precision)
+    step, forwards = build_step(config, task, CUDA, console)
     set_train_mode(task.model, "full")
-    step = TrainingStep(task, optimizer, None, config.gradients, precision, kernels)
-    return step, iter(loader.batches()), Ema(optimizer.parameters, 0.99), forwards
+    return step, iter(loader.batches()), Ema(step.optimizer.parameters, 0.99), forwards
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -252,7 +245,7 @@ def test_a_plan_keeps_to_its_budget_and_changes_no_loss(mode: str, tmp_path: Pat
     for share in (0.2, 0.5, 0.8):
         limit = round(peaks[RECOMPUTE] + share * (peaks[KEEP] - peaks[RECOMPUTE]))
         torch.cuda.empty_cache()
-        plan.enforce(limit, CUDA)
+        budget.enforce(limit, CUDA)
         found = make_plan(step, forwards, batches[:1], limit, Console(file=io.StringIO()))
         assert dict(forwards.chosen) == found.ways
         assert set(found.ways.values()) != {KEEP.name}
