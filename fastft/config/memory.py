@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from fastft.config.base import describe, strict
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
-_SIZE = r"^\d+(\.\d+)? ?(GB|GiB|MB|MiB)$"
+_SIZE = r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)"
 
 
 def parse_bytes(text: str) -> int:
@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)
+    found = re.fullmatch(_SIZE, text)
     if found is None or not float(found[1]):
         raise ValueError(f"must be a size such as '80GB' or '22GiB'; got '{text}'")
     return round(float(found[1]) * _UNITS[found[2]])
@@ -39,7 +39,7 @@ class MemoryConfig:
         describe(
             "GPU memory that the run may take, as '80GB' (80e9 bytes) or '22GiB'; default: what"
             " the device has. Enforced.",
-            json_schema_extra={"pattern": _SIZE},
+            json_schema_extra={"pattern": f"^{_SIZE}$"},
         ),
     ] = None
     plan: Annotated[

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from fastft.config import MemoryConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory.solve import StepCosts, smallest_peak
 from fastft.optim import MOMENT_BYTES, state_bytes
@@ -55,6 +56,14 @@ def enforce(limit: int | None, device: torch.device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     fraction = 1.0 if limit is None else min(1.0, limit / total)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
+def enforced_limit(config: MemoryConfig, device: torch.device) -> int:
+    """What the allocator may take by `memory.budget`, in bytes; from now on it cannot take more."""
+    wanted = None if config.budget is None else parse_bytes(config.budget)
+    limit = budget_bytes(wanted, device)
+    enforce(None if wanted is None else limit, device)
+    return limit
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
-from fastft.config import RunConfig, parse_bytes
+from fastft.config import RunConfig
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
-from fastft.memory.budget import SLACK, budget_bytes, enforce
+from fastft.memory.budget import SLACK, enforced_limit
 from fastft.memory.plan import as_trained_in_the_end, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
@@ -59,10 +59,7 @@ def fit_batch(
         raise ConfigError(
             "data.batch_size: 'fit' needs a GPU to fit into; this run is on a CPU; set a number"
         )
-    wanted = None if config.memory.budget is None else parse_bytes(config.memory.budget)
-    limit = budget_bytes(wanted, device)
-    enforce(None if wanted is None else limit, device)
-    limit = round(limit * (1 - SLACK))
+    limit = round(enforced_limit(config.memory, device) * (1 - SLACK))
     sizes = [n for n in range(1, samples + 1) if samples % n == 0 and n <= loader.samples]
 
     def fits(size: int) -> bool:

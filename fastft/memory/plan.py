@@ -13,14 +13,13 @@ from rich.console import Console
 
 from fastft.atomic import write_file_atomically
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
-from fastft.config import RunConfig, parse_bytes
+from fastft.config import RunConfig
 from fastft.errors import PlanError, nearest
 from fastft.finetune import set_train_mode
 from fastft.memory.budget import (
     GIB,
     SLACK,
-    budget_bytes,
-    enforce,
+    enforced_limit,
     nothing_fits,
     out_of_memory_explained,
 )
@@ -292,16 +291,13 @@ def plan_memory(
     """
     device, memory = step.precision.device, config.memory
     saved = config.run.folder / "plan.json"
-    wanted = None if memory.budget is None else parse_bytes(memory.budget)
     on_gpu = device.type == "cuda"
-    if wanted is not None and not on_gpu:
+    if memory.budget is not None and not on_gpu:
         console.print("memory.budget: only counts on a GPU; this run is on a CPU")
-    limit = budget_bytes(wanted, device) if on_gpu else 0
-    if on_gpu:
-        enforce(None if wanted is None else limit, device)
+    limit = enforced_limit(memory, device) if on_gpu else 0
     if isinstance(memory.plan, Path):
         return _replay(load_plan(memory.plan, forwards), forwards, saved, console)
-    needless = wanted is None and not forwards.blocks
+    needless = memory.budget is None and not forwards.blocks
     if memory.plan == "off" or not on_gpu or needless:
         return None
     if resumed and saved.exists():

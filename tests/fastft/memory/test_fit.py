@@ -40,8 +40,7 @@ class Device:
         for name, value in {
             "try_rehearsal": self.rehearse,
             "open_loader": self.open_loader,
-            "budget_bytes": lambda wanted, device: 10**9,
-            "enforce": lambda limit, device: None,
+            "enforced_limit": lambda config, device: 10**9,
         }.items():
             monkeypatch.setattr(fit, name, value)
 

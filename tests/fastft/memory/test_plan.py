@@ -15,7 +15,7 @@ from torch import nn
 from fastft.blocks import EAGER, KEEP, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, parse_bytes
 from fastft.errors import PlanError
-from fastft.memory import Plan, load_plan, make_plan, plan, plan_memory
+from fastft.memory import Plan, budget, load_plan, make_plan, plan, plan_memory
 from fastft.memory.solve import (
     BlockCosts,
     Choice,
@@ -474,23 +474,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 def test_a_budget_is_for_all_that_the_run_takes(gpu: Gpu) -> None:
-    assert plan.budget_bytes(None, CUDA) == 74 * 10**9
-    assert plan.budget_bytes(22 * 10**9, CUDA) == LIMIT
+    assert budget.budget_bytes(None, CUDA) == 74 * 10**9
+    assert budget.budget_bytes(22 * 10**9, CUDA) == LIMIT
     # What others hold is not taken out of the budget, only out of what there is.
-    assert plan.budget_bytes(79 * 10**9, CUDA) == 74 * 10**9
+    assert budget.budget_bytes(79 * 10**9, CUDA) == 74 * 10**9
     with pytest.raises(PlanError) as raised:
-        plan.budget_bytes(parse_bytes("80.1GB"), CUDA)
+        budget.budget_bytes(parse_bytes("80.1GB"), CUDA)
     assert raised.value.problems == (
         "memory.budget: must be at most what the device has; got 80.1 GB of 80.0 GB; lower it",
     )
-    plan.enforce(20 * 10**9, CUDA)
-    plan.enforce(90 * 10**9, CUDA)
+    budget.enforce(20 * 10**9, CUDA)
+    budget.enforce(90 * 10**9, CUDA)
     assert gpu.enforced == [20 * 10**9, 80 * 10**9]
 
 
 def test_a_budget_that_is_taken_already(gpu: Gpu) -> None:
     with pytest.raises(PlanError, match=r"^memory.budget: "):
-        plan.budget_bytes(10**9, CUDA)
+        budget.budget_bytes(10**9, CUDA)
 
 
 @pytest.mark.parametrize("fails", [False, True])
