@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from small_model import Block, make_batch, squared_error
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -30,28 +31,6 @@ REHEARSED = {
     "8-bit in fp16": ({"moments": "8bit"}, {"zclip": ZCLIP}, "fp16", FUSED),
 }
 each_kind = pytest.mark.parametrize("kind", REHEARSED.values(), ids=list(REHEARSED))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(4, 8)
-        self.down = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).tanh())
-
-
-def squared_error(model: nn.Module, batch: Batch) -> Loss:
-    output = model(batch["inputs"])
-    error = (output.float() - batch["targets"]).square().mean()
-    return Loss(error, {"output": output.detach().float().mean()}, output.detach())
-
-
-def make_batch(size: int = 8, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(size, 4, generator=generator)
-    return Batch({"inputs": inputs, "targets": inputs.sum(1, keepdim=True)}, size)
 
 
 def make_step(task: Task, kind) -> TrainingStep:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from small_model import Block, make_batch, squared_error
 from torch import nn
 
 from fastft.blocks import compile_task
@@ -26,32 +27,10 @@ from fastft.task import Batch, Loss, Task, repeated_blocks
 CPU = torch.device("cpu")
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(4, 8)
-        self.down = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).tanh())
-
-
-def squared_error(model: nn.Module, batch: Batch) -> Loss:
-    output = model(batch["inputs"])
-    error = (output.float() - batch["targets"]).square().mean()
-    return Loss(error, {"output": output.detach().float().mean()}, output.detach())
-
-
 def make_task() -> Task:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), Block(), Block(), nn.Linear(4, 1))
     return Task(model=model, loss=squared_error, blocks=repeated_blocks(model))
-
-
-def make_batch(size: int = 8, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(size, 4, generator=generator)
-    return Batch({"inputs": inputs, "targets": inputs.sum(1, keepdim=True)}, size)
 
 
 def make_step(task: Task, precision: str = "fp32", penalty=None, **gradients) -> TrainingStep:
