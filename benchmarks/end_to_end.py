@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.models import (
     Decoder,
@@ -32,8 +31,8 @@ from benchmarks.models import (
     prototype_images,
     trainer_step,
 )
+from benchmarks.peers import PlainStep
 from fastft.config import OptimConfig, ScheduleConfig
-from fastft.optim import make_groups
 from fastft.runtime import environment
 from fastft.task import Batch, Task
 
@@ -77,31 +76,10 @@ CASES = {
 }
 
 
-def plain_step(task: Task, optim: OptimConfig, compiled: bool) -> Callable[[int, Pair], Tensor]:
-    """What a user writes: autocast, fused AdamW, clip_grad_norm_."""
-    groups = [
-        {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
-        for group in make_groups(task, optim, {})
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
-    parameters = [p for group in groups for p in group["params"]]
-
-    def forward(inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = task.model(inputs)
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-    run = torch.compile(forward) if compiled else forward
-
-    def step(index: int, pair: Pair) -> Tensor:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = run(*pair)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+def plain_step(task: Task, optim: OptimConfig, compiled: str) -> Callable[[int, Pair], Tensor]:
+    """Plain PyTorch's."""
+    step = PlainStep(task, optim, CLIP, compiled=compiled)
+    return lambda index, pair: step(*pair)
 
 
 def fastft_step(
@@ -120,10 +98,10 @@ def fastft_step(
 
 def runners() -> Iterator[tuple[str, int, Callable[..., Callable[[int, Pair], Tensor]]]]:
     """(name, seed, function of task and settings -> step); the first is the reference."""
-    yield "eager", 0, lambda task, optim: plain_step(task, optim, compiled=False)
+    yield "eager", 0, lambda task, optim: plain_step(task, optim, compiled="off")
     for name, seed in OTHER_SEEDS.items():
-        yield name, seed, lambda task, optim: plain_step(task, optim, compiled=False)
-    yield "compile", 0, lambda task, optim: plain_step(task, optim, compiled=True)
+        yield name, seed, lambda task, optim: plain_step(task, optim, compiled="off")
+    yield "compile", 0, lambda task, optim: plain_step(task, optim, compiled="model")
     yield "fastft, compile off", 0, lambda task, optim: fastft_step(task, optim, "off", "torch")
     yield "fastft, off, fused norm", 0, lambda task, optim: fastft_step(task, optim, "off", "fused")
     yield "fastft, compile model", 0, lambda task, optim: fastft_step(task, optim, "model", "torch")

@@ -52,8 +52,8 @@ def training_tables(records: list[Record]) -> list[str]:
                     r["runner"],
                     "-" if budget is None else f"{budget:.1f}",
                     "-" if predicted is None else f"{predicted:.2f}",
-                    f"{r['peak_gib']:.2f}",
-                    f"{r['step_ms']:.1f}",
+                    f"{r['peak_gib']:.2f}" if "peak_gib" in r else "out of memory",
+                    f"{r['step_ms']:.1f}" if "step_ms" in r else "-",
                     f"{100 * r['mfu']:.0f} %" if "mfu" in r else "-",
                 ]
             )
@@ -67,7 +67,7 @@ def plot(records: list[Record]) -> None:
     cases = list(dict.fromkeys(r["case"] for r in records))
     figure, axes = plt.subplots(1, len(cases), figsize=(7 * len(cases), 4.5), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
-        for r in (r for r in records if r["case"] == case):
+        for r in (r for r in records if r["case"] == case and "peak_gib" in r):
             ours = r["runner"].startswith("fastft")
             point = (r["peak_gib"], r["samples_per_second"])
             axis.plot(*point, "s" if ours else "o", color="C3" if ours else "C0")

@@ -1,10 +1,12 @@
 """Whole training runs within a memory budget, beside PyTorch's own ways, in one process.
 
-Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB 40GB half least] [--peers]
+Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB half least] [--peers] [--sweep]
 
 For each budget: the plan, the peak that it predicts, the peak and time that were measured with the
-budget enforced, and the loss and gradient norm of the same batches, which no plan may change.
-`half` lies half-way between recomputing everything and keeping everything.
+budget enforced, and the loss and gradient norm of the same batches, which nothing may change.
+`half` lies half-way between recomputing everything and keeping everything. Peers are what a user
+writes in plain PyTorch; the sweep sets the trainer's blocks by hand: full checkpointing, every
+second and fourth block, and ten values of torch's activation_memory_budget.
 """
 
 import argparse
@@ -12,13 +14,15 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -33,8 +37,10 @@ from benchmarks.models import (
     prototype_images,
     trainer_step,
 )
-from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
+from benchmarks.peers import PlainStep
+from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
 from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
+from fastft.errors import PlanError
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.measure import rehearse
 from fastft.memory.plan import make_plan, measure_costs
@@ -42,14 +48,18 @@ from fastft.memory.solve import peak_bytes, smallest_peak
 from fastft.profiling.flops import peak_flops
 from fastft.runtime import environment
 from fastft.step import TrainingStep
-from fastft.task import Batch
+from fastft.task import Batch, Task
 
 # As the command line sets it; read when torch first allocates.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 DEVICE = torch.device("cuda", 0)
 OPTIM = OptimConfig(lr=1e-5, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
+CLIP = 1.0
 POOL, STEPS = 4, 8
 PRECISION = "bf16"
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+# What bf16 and another order of additions may change of a loss, and of a gradient norm.
+LOSS_TOLERANCE, NORM_TOLERANCE = 2e-3, 2e-2
 Pair = tuple[Tensor, Tensor]
 
 
@@ -62,6 +72,10 @@ class Case:
     samples: int
     flops: float
     compile: str = "blocks"
+
+    def task(self) -> Task:
+        """Always the same weights."""
+        return classifier_task(self.make_model, DEVICE, seed=0)
 
 
 def _decoder(batch: int, length: int) -> Case:
@@ -89,51 +103,79 @@ def _images(name: str, batch: int, gflops: float, compiled: str = "blocks") -> C
 
 CASES = {
     "gpt-2k": lambda: _decoder(8, 2048),
-    "gpt-4k": lambda: _decoder(4, 4096),
+    "gpt-4k": lambda: _decoder(6, 4096),
     # Multiply-adds of a forward in 1e9: Dosovitskiy et al. 2021, Liu et al. 2021.
-    "vit-l": lambda: _images("vit_large_patch16_224", 128, 61.6),
-    "swin-b": lambda: _images("swin_base_patch4_window7_224", 128, 15.4),
-    "vit-l-eager": lambda: _images("vit_large_patch16_224", 128, 61.6, "off"),
+    "vit-l": lambda: _images("vit_large_patch16_224", 256, 61.6),
+    "swin-b": lambda: _images("swin_base_patch4_window7_224", 256, 15.4),
+    "vit-l-eager": lambda: _images("vit_large_patch16_224", 256, 61.6, "off"),
 }
 
 
-def make_step(case: Case) -> tuple[TrainingStep, BlockForwards, list[Batch]]:
-    """The trainer's step, how its blocks run, and its batches."""
-    task = classifier_task(case.make_model, DEVICE, seed=0)
-    settings = {"precision": PRECISION, "compile": case.compile}
-    step, forwards = trainer_step(task, DEVICE, OPTIM, clip_norm=1.0, **settings)
-    pairs = case.make_batches()
-    batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in pairs]
-    return step, forwards, batches
+def measure(
+    gradients: Callable[[Pair], Sequence[Tensor]], run: Callable[[Pair], object], pairs: list[Pair]
+) -> dict[str, Any]:
+    """Peak, time, and what must not change: loss and gradient norm of every batch.
 
-
-def measure(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
-    """Peak, time, and what must not change: loss and gradient norm of every batch."""
-    same = []
-    for batch in batches:
-        with step.rehearsal():
-            result = step(0, [batch])
-            same += [result.loss, result.verdict.norm]
+    Args:
+        gradients: loss and gradient norm of a batch; changes nothing.
+        run: a whole step.
+    """
+    same = [value.item() for pair in pairs for value in gradients(pair)]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
-    marks[0].record()
-    for i, mark in enumerate(marks[1:]):
-        # A rehearsal updates too, only with nothing changed, so every plan sees the same weights.
-        rehearse(step, [batches[i % len(batches)]])
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 2)]
+    for i, mark in enumerate(marks):
         mark.record()
+        if i < len(marks) - 1:
+            run(pairs[i % len(pairs)])
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    # The first step finds a host that is not yet ahead.
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks[1:])]
     return {
         "step_ms": round(statistics.median(times), 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-        "same": [round(value.item(), 5) for value in same],
+        "same": [round(value, 5) for value in same],
     }
 
 
-def peers(step: TrainingStep, forwards: BlockForwards) -> Iterator[str]:
-    """PyTorch's own ways over the same step: full checkpointing, every n-th block, budgets."""
+def measure_plain(case: Case, pairs: list[Pair], **options: Any) -> dict[str, Any]:
+    """One peer, built and gone again."""
+    torch._dynamo.reset()
+    step = PlainStep(case.task(), OPTIM, CLIP, **options)
+
+    def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
+        found = step.gradients(*pair)
+        step.zero_grad()
+        return found
+
+    return measure(gradients, lambda pair: step(*pair), pairs)
+
+
+PEERS = {
+    "eager, AdamW": {"fused": False},
+    "torch.compile, fused AdamW": {"compiled": "model"},
+    "torch.compile, every block checkpointed": {"compiled": "blocks", "checkpointed": True},
+}
+
+
+def measure_trainer(step: TrainingStep, pairs: list[Pair]) -> dict[str, Any]:
+    """The trainer's step as its blocks run now, every time from the same weights."""
+
+    def batch(pair: Pair) -> list[Batch]:
+        return [Batch({"inputs": pair[0], "targets": pair[1]}, len(pair[0]))]
+
+    def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
+        with step.rehearsal():
+            result = step(0, batch(pair))
+        return result.loss, cast(Tensor, result.verdict.norm)
+
+    # A rehearsal updates too, only with nothing changed, so every plan sees the same weights.
+    return measure(gradients, lambda pair: rehearse(step, batch(pair)), pairs)
+
+
+def sweep(forwards: BlockForwards, shares: Sequence[float]) -> Iterator[str]:
+    """Ways to set the blocks by hand, from the trainer's own step."""
     forwards.use_everywhere(KEEP)
     yield "keep all"
     forwards.use_everywhere(RECOMPUTE)
@@ -142,84 +184,124 @@ def peers(step: TrainingStep, forwards: BlockForwards) -> Iterator[str]:
     for every in (2, 4):
         forwards.use_everywhere(KEEP)
         forwards.use(dict.fromkeys(names[::every], RECOMPUTE.name))
-        yield f"checkpoint every {every}nd block" if every == 2 else f"every {every}th block"
-    if forwards.mode == "blocks":
-        for share in (0.75, 0.5, 0.35, 0.2):
-            forwards.use_everywhere(forwards.ways[f"keep {share:.0%}"])
-            yield f"activation_memory_budget {share}"
+        yield f"checkpoint one block in {every}"
+    for share in shares if forwards.mode == "blocks" else ():
+        way = Way(f"keep {share:.0%}", share=share)
+        forwards.ways.setdefault(way.name, way)
+        forwards.use_everywhere(way)
+        yield f"activation_memory_budget {share}"
+
+
+class Records:
+    """Rows of one case: printed and appended as they come, so that none is lost."""
+
+    def __init__(self, case: str, samples: int, flops: float, out: Path) -> None:
+        self.case, self._samples, self._flops, self._out = case, samples, flops, out
+        self.rows: list[dict[str, Any]] = []
+        self.wrong: list[str] = []
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._stamp = {"time": now, "machine": environment(DEVICE)}
+        self._peak = peak_flops(torch.cuda.get_device_name(DEVICE), PRECISION)
+        self._same: list[float] = []
+
+    def add(self, runner: str, measure: Callable[[], dict[str, Any]], **more: Any) -> None:
+        """Measures one row; what does not fit is a row too."""
+        row = {"benchmark": "training", "case": self.case, "runner": runner, **more}
+        try:
+            row |= measure()
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None
+            row["out_of_memory"] = True
+        else:
+            row["samples_per_second"] = round(1e3 * self._samples / row["step_ms"], 1)
+            if self._peak is not None:
+                row["mfu"] = round(self._flops / (row["step_ms"] / 1e3) / self._peak, 4)
+            self._compare(row)
+        self.rows.append(row)
+        print({k: v for k, v in row.items() if k != "benchmark"}, flush=True)
+        with self._out.open("a") as lines:
+            lines.write(json.dumps({**row, **self._stamp}) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _compare(self, row: dict[str, Any]) -> None:
+        self._same = self._same or row["same"]
+        for i, (a, b) in enumerate(zip(row["same"], self._same, strict=True)):
+            tolerance = NORM_TOLERANCE if i % 2 else LOSS_TOLERANCE
+            if not math.isclose(a, b, rel_tol=tolerance):
+                self.wrong.append(f"{row['runner']}: {'norm' if i % 2 else 'loss'} {a}, not {b}")
+
+    def table(self) -> Table:
+        """What was measured."""
+        columns = ("runner", "step_ms", "mfu", "peak_gib", "reserved_gib")
+        columns += ("budget_gib", "predicted_gib", "predicted_ms")
+        table = Table(*columns, title=f"{self.case} on {torch.cuda.get_device_name(DEVICE)}")
+        for row in self.rows:
+            table.add_row(*(str(row.get(column, "-")) for column in columns))
+        return table
+
+
+def within_budget(
+    budget: str, step: TrainingStep, forwards: BlockForwards, pairs: list[Pair], records: Records
+) -> None:
+    """Plans and measures with the budget enforced."""
+    batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in pairs[:1]]
+    if budget in ("half", "least"):
+        costs = measure_costs(step, forwards, batches)
+        least, _ = smallest_peak(costs)
+        most = peak_bytes(costs, [0] * len(costs.blocks))
+        limit = (least + most) // 2 if budget == "half" else round(least * 1.03)
+        del costs
+    else:
+        limit = budget_bytes(parse_bytes(budget), DEVICE)
+    enforce(limit, DEVICE)
+    gc.collect()
+    torch.cuda.empty_cache()
+    began = time.perf_counter()
+    try:
+        plan = make_plan(step, forwards, batches, limit, Console(width=150))
+    except PlanError as error:
+        print(budget, error, flush=True)
+    else:
+        predicted = plan.predicted_bytes
+        seconds = plan.predicted_seconds
+        records.add(
+            f"fastft, {budget}",
+            lambda: measure_trainer(step, pairs),
+            budget_gib=round(limit / GIB, 3),
+            predicted_gib=None if predicted is None else round(predicted / GIB, 3),
+            predicted_ms=None if seconds is None else round(1e3 * seconds, 2),
+            planned_in_s=round(time.perf_counter() - began, 1),
+            ways=plan.summary(),
+        )
+    enforce(None, DEVICE)
 
 
 def main() -> None:
-    """One case: peers without a budget, then budgets."""
+    """One case: peers, the sweep, then budgets."""
     parser = argparse.ArgumentParser(description="Training within a memory budget.")
     parser.add_argument("case", choices=CASES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--budgets", nargs="*", default=["half", "least"])
+    parser.add_argument("--budgets", nargs="*", default=["80GB", "half", "40GB", "24GB", "least"])
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES)
     arguments = parser.parse_args()
     case = CASES[arguments.case]()
-    step, forwards, batches = make_step(case)
-    rows: list[dict[str, Any]] = []
-    peak = peak_flops(torch.cuda.get_device_name(DEVICE), PRECISION)
-
-    def add(name: str, **more: Any) -> None:
-        row = {"benchmark": "training", "case": arguments.case, "runner": name, **more}
-        row |= measure(step, batches)
-        row["samples_per_second"] = round(1e3 * case.samples / row["step_ms"], 1)
-        if peak is not None:
-            row["mfu"] = round(case.flops / (row["step_ms"] / 1e3) / peak, 4)
-        rows.append(row)
-        print({k: v for k, v in row.items() if k != "benchmark"}, flush=True)
-
-    began = time.perf_counter()
-    costs = measure_costs(step, forwards, batches[:1])
-    print(f"measured in {time.perf_counter() - began:.1f} s", costs.blocks[0], costs.blocks[-1])
-    print({k: v for k, v in vars(costs).items() if k != "blocks"}, flush=True)
-    if arguments.peers:
-        for name in peers(step, forwards):
-            add(name)
-    least, _ = smallest_peak(costs)
-    most = peak_bytes(costs, [0] * len(costs.blocks))
+    pairs = case.make_batches()
+    records = Records(arguments.case, case.samples, case.flops, arguments.out)
+    for name, options in PEERS.items() if arguments.peers else ():
+        records.add(name, lambda options=options: measure_plain(case, pairs, **options))
+    torch._dynamo.reset()
+    settings = {"precision": PRECISION, "compile": case.compile}
+    step, forwards = trainer_step(case.task(), DEVICE, OPTIM, clip_norm=CLIP, **settings)
+    for name in sweep(forwards, arguments.shares) if arguments.sweep else ():
+        records.add(name, lambda: measure_trainer(step, pairs))
     for budget in arguments.budgets:
-        if budget == "half":
-            limit = (least + most) // 2
-        elif budget == "least":
-            limit = round(least * 1.03)
-        else:
-            limit = budget_bytes(parse_bytes(budget), DEVICE)
-        enforce(limit, DEVICE)
-        gc.collect()
-        torch.cuda.empty_cache()
-        began = time.perf_counter()
-        plan = make_plan(step, forwards, batches[:1], limit, Console(width=150))
-        spent = round(time.perf_counter() - began, 1)
-        print(plan.summary(), flush=True)
-        predicted = plan.predicted_bytes or peak_bytes(costs, [0] * len(costs.blocks))
-        add(
-            f"fastft, {budget}",
-            budget_gib=round(limit / GIB, 3),
-            predicted_gib=round(predicted / GIB, 3),
-            predicted_ms=round(1e3 * (plan.predicted_seconds or 0), 2),
-            planned_in_s=spent,
-            ways=plan.summary(),
-        )
-        enforce(None, DEVICE)
-    _report(rows, arguments.case, arguments.out)
-
-
-def _report(rows: list[dict[str, Any]], case: str, out: Path) -> None:
-    machine, now = environment(DEVICE), datetime.datetime.now(datetime.UTC)
-    table = Table(title=f"{case} on {machine['device']['name']}")
-    columns = ("runner", "step_ms", "mfu", "peak_gib", "reserved_gib")
-    columns += ("budget_gib", "predicted_gib", "predicted_ms")
-    for column in columns:
-        table.add_column(column)
-    stamp = {"time": now.isoformat(timespec="seconds"), "machine": machine}
-    with out.open("a") as lines:
-        for row in rows:
-            table.add_row(*(str(row.get(column, "-")) for column in columns))
-            lines.write(json.dumps({**row, **stamp}) + "\n")
-    Console(width=150).print(table)
+        within_budget(budget, step, forwards, pairs, records)
+    Console(width=150).print(records.table())
+    if records.wrong:
+        sys.exit("\n".join(["losses differ:", *records.wrong]))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from fastft_kernels.row_schedule import (
     backward_schedule,
     element_bytes,
     forward_schedule,
+    persistent_schedule,
     programs_per_sample,
 )
 
@@ -195,8 +196,9 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         return
     samples, length = len(scale), len(rows) // len(scale)
     wide = max(scale.element_size(), shift.element_size())
-    streams = element_bytes(x, residual)
-    schedule = forward_schedule(columns, len(rows), streams, wide, x.device)
+    schedule = forward_schedule(columns, len(rows), wide, x.device)
+    if schedule.chunk:
+        schedule = persistent_schedule(columns, element_bytes(x, residual), x.device)
     launch(
         _forward_kernel,
         (_programs(schedule, length, samples, x.device), samples),

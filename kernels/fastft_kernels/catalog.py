@@ -35,7 +35,13 @@ class OpCase:
     make_inputs: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensors]
     forward_tensors: int
     backward_tensors: int
-    shapes: tuple[tuple[int, ...], ...] = ((2, 3, 1), (1, 5, 63), (2, 4, 513), (1, 2, 3000))
+    shapes: tuple[tuple[int, ...], ...] = (
+        (2, 3, 1),
+        (1, 5, 63),
+        (2, 4, 513),
+        (1, 2, 3000),
+        (1, 3, 5000),
+    )
 
 
 def as_tuple(outputs: Tensor | Tensors) -> Tensors:

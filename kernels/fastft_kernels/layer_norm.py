@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastft_kernels.device import (
     as_rows,
+    ceil_div,
     check_columns,
     launch,
     next_power_of_2,
@@ -28,6 +29,7 @@ from fastft_kernels.device import (
     runs_triton,
 )
 from fastft_kernels.dispatch import as_differentiable_op, as_op
+from fastft_kernels.long_rows import forward_in_passes
 from fastft_kernels.norm_formulas import plain_norm_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
@@ -51,62 +53,6 @@ def reference(
 
 
 @triton.jit
-def _affine(WEIGHT, BIAS, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    weight = 1.0
-    bias = 0.0
-    if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(BIAS + column, mask=inside, other=0.0).to(tl.float32)
-    return weight, bias
-
-
-@triton.jit
-def _forward_tile(
-    tile,
-    pointers,
-    sizes,
-    kept,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Norms ROWS rows; kept is (weight, bias) where the program has them already."""
-    X, RESIDUAL, S, WEIGHT, BIAS, Y, MEAN, RSTD = pointers
-    x_stride, residual_stride, rows, eps = sizes
-    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, BLOCK_N)
-    in_row = (column < N)[None, :]
-    inside = (row < rows)[:, None] & in_row
-    out = row[:, None] * N + column[None, :]
-    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32)
-    if HAS_RESIDUAL:
-        at = row[:, None] * residual_stride + column[None, :]
-        x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
-        # Normalise what is stored, so that backward sees the same numbers.
-        s = x.to(S.dtype.element_ty)
-        tl.store(S + out, s, mask=inside)
-        x = s.to(tl.float32)
-    if kept is None:
-        kept = _affine(WEIGHT, BIAS, column, column < N, HAS_WEIGHT, HAS_BIAS)
-    mean = tl.sum(x, axis=1) / N
-    centred = tl.where(in_row, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    y = centred * rstd[:, None]
-    if HAS_WEIGHT:
-        y *= kept[0][None, :]
-    if HAS_BIAS:
-        y += kept[1][None, :]
-    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
-    tl.store(MEAN + row, mean, mask=row < rows)
-    tl.store(RSTD + row, rstd, mask=row < rows)
-
-
-@triton.jit
 def _forward_kernel(
     X,
     RESIDUAL,
@@ -123,28 +69,40 @@ def _forward_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    pointers = (X, RESIDUAL, S, WEIGHT, BIAS, Y, MEAN, RSTD)
-    sizes = (x_stride, residual_stride, rows, eps)
-    first = tl.program_id(0)
-    if PERSISTENT:
-        column = tl.arange(0, BLOCK_N)
-        kept = _affine(WEIGHT, BIAS, column, column < N, HAS_WEIGHT, HAS_BIAS)
-        tiles = tl.cdiv(rows, ROWS)
-        for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=STAGES):
-            _forward_tile(
-                tile, pointers, sizes, kept, N, BLOCK_N, ROWS, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS
-            )
-    else:
-        # No loop around a single tile: it would cost a third more registers.
-        _forward_tile(
-            first, pointers, sizes, None, N, BLOCK_N, ROWS, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS
-        )
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    in_row = column < N
+    inside = (row < rows)[:, None] & in_row[None, :]
+    out = row[:, None] * N + column[None, :]
+    # The rows first: they come from further away than the weights.
+    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        at = row[:, None] * residual_stride + column[None, :]
+        x += tl.load(RESIDUAL + at, mask=inside, other=0.0).to(tl.float32)
+        # Normalise what is stored, so that backward sees the same numbers.
+        s = x.to(S.dtype.element_ty)
+        tl.store(S + out, s, mask=inside)
+        x = s.to(tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(WEIGHT + column, mask=in_row, other=0.0, eviction_policy="evict_last")
+    if HAS_BIAS:
+        bias = tl.load(BIAS + column, mask=in_row, other=0.0, eviction_policy="evict_last")
+    mean = tl.sum(x, axis=1) / N
+    centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= weight.to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += bias.to(tl.float32)[None, :]
+    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(MEAN + row, mean, mask=row < rows)
+    tl.store(RSTD + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -213,19 +171,18 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     if not len(rows):
         return
     wide = max(0 if t is None else t.element_size() for t in (weight, bias))
-    streams = element_bytes(x, residual)
-    schedule = forward_schedule(columns, len(rows), streams, wide, x.device)
+    schedule = forward_schedule(columns, len(rows), wide, x.device)
+    kernel, tile = _forward_kernel, {"BLOCK_N": next_power_of_2(columns), "ROWS": schedule.rows}
+    if schedule.chunk:
+        kernel, tile = forward_in_passes, {"CHUNK": schedule.chunk}
     launch(
-        _forward_kernel,
-        (programs(schedule, len(rows), x.device),),
+        kernel,
+        (ceil_div(len(rows), schedule.rows),),
         x.device,
         *(rows, added, s, weight, bias, y, mean, rstd),
         *(rows.stride(0), added.stride(0), len(rows), eps),
         N=columns,
-        BLOCK_N=next_power_of_2(columns),
-        ROWS=schedule.rows,
-        STAGES=schedule.stages,
-        PERSISTENT=schedule.programs_per_sm > 0,
+        **tile,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,

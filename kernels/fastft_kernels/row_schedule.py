@@ -15,12 +15,14 @@ class Schedule:
 
     programs_per_sm: persistent programs per multiprocessor that share the tiles; 0 for a program
         per tile.
+    chunk: columns per pass; 0 for whole rows at once.
     """
 
     rows: int
     warps: int
     stages: int = 1
     programs_per_sm: int = 0
+    chunk: int = 0
 
 
 def element_bytes(*streams: Tensor | None) -> int:
@@ -34,30 +36,39 @@ def _stages(wanted: int, tile_elements: int, bytes_each: int, device: torch.devi
     return max(1, min(wanted, fitting))
 
 
-def forward_schedule(
-    columns: int, rows: int, bytes_each: int, weight_bytes: int, device: torch.device
-) -> Schedule:
-    """A program per tile; persistent programs for long rows with float32 weights.
+def forward_schedule(columns: int, rows: int, weight_bytes: int, device: torch.device) -> Schedule:
+    """A program per tile; long rows with float32 weights in passes.
 
-    A float32 weight and bias are twice the bytes of a bf16 row, from the L2 cache: a program must
-    use them for two rows at least, which beyond 4,096 columns only fit one after the other. A
-    micro-batch needs small tiles to fill the GPU, and few warps per tile to start quickly.
+    A float32 weight and bias are four times the bytes of a bf16 row: a program should use them for
+    two rows, which beyond 4,096 columns do not fit its registers. A micro-batch needs small tiles
+    to fill the GPU, and few warps per tile to start quickly.
 
     Args:
-        bytes_each: from `element_bytes`.
         weight_bytes: per element of the wider of weight and bias, 0 without them.
     """
     block = next_power_of_2(columns)
     if block <= 1024 and rows * block >= 16 * multiprocessors(device) * 8192:
         return Schedule(rows=8192 // block, warps=8)
+    if block <= 512:
+        return Schedule(rows=max(1024, 2 * block) // block, warps=2)
     if weight_bytes <= 2:
         tile, warps = max(4096, block), max(8, block // 1024)
         if block <= 1024:
-            tile, warps = max(1024, 2 * block), 2
+            tile, warps = 2 * block, 2
         return Schedule(rows=tile // block, warps=warps)
     if block <= 4096:
         tile = max(4096, 2 * block)
         return Schedule(rows=tile // block, warps=tile // 1024)
+    return Schedule(rows=1, warps=16, chunk=2048)
+
+
+def persistent_schedule(columns: int, bytes_each: int, device: torch.device) -> Schedule:
+    """A forward that loads what its rows share once per program, and rows ahead.
+
+    Args:
+        bytes_each: from `element_bytes`.
+    """
+    block = next_power_of_2(columns)
     stages = _stages(3, block, bytes_each, device)
     return Schedule(rows=1, warps=max(8, block // 1024), stages=stages, programs_per_sm=16)
 

@@ -42,10 +42,11 @@ def compile_kernel(module: str, name: str, warps: int = 4, **constants: Any) -> 
 
 def main() -> None:
     rows = {"N": 500, "BLOCK_N": 512, "ROWS": 4}
-    for persistent in (False, True):
-        flags = {"STAGES": 3 if persistent else 1, "PERSISTENT": persistent, "HAS_RESIDUAL": True}
-        affine = {"HAS_WEIGHT": persistent, "HAS_BIAS": True}
-        compile_kernel("layer_norm", "_forward_kernel", **rows, **flags, **affine)
+    for flag in (False, True):
+        affine = {"HAS_RESIDUAL": True, "HAS_WEIGHT": flag, "HAS_BIAS": True}
+        compile_kernel("layer_norm", "_forward_kernel", **rows, **affine)
+        compile_kernel("long_rows", "forward_in_passes", N=5000, CHUNK=2048, **affine)
+        flags = {"STAGES": 3 if flag else 1, "PERSISTENT": flag, "HAS_RESIDUAL": True}
         compile_kernel("adaptive_norm", "_forward_kernel", **rows, **flags)
     flags = {"STAGES": 4, "HAS_DS": True, "HAS_WEIGHT": True, "WANTS_SUMS": True}
     compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)

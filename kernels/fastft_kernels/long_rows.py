@@ -1,0 +1,83 @@
+"""Layer norm forward of a long row with wide weights, in two passes over chunks of it.
+
+Beyond 4,096 columns a float32 weight and bias are four times the bytes of a bf16 row, and a program
+that holds the row in registers leaves no room for others to hide what it waits for. Here a row is
+read twice, the second time from the cache, where the weights stay too.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine(mean_a, squares_a, count_a, mean_b, squares_b, count_b):
+    """Joins two means and sums of squares about them (Chan, Golub, LeVeque 1983)."""
+    count = count_a + count_b
+    share = tl.where(count > 0, count_b / count, 0.0)
+    delta = mean_b - mean_a
+    mean = mean_a + delta * share
+    return mean, squares_a + squares_b + delta * delta * count_a * share, count
+
+
+@triton.jit
+def _chunk(X, RESIDUAL, S, column, inside, EVICTION: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    """Part of what is to be normalised, as it is stored."""
+    x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    if HAS_RESIDUAL:
+        added = tl.load(RESIDUAL + column, mask=inside, other=0.0, eviction_policy=EVICTION)
+        x = (x + added.to(tl.float32)).to(S.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def forward_in_passes(
+    X,
+    RESIDUAL,
+    S,
+    WEIGHT,
+    BIAS,
+    Y,
+    MEAN,
+    RSTD,
+    x_stride,
+    residual_stride,
+    rows,
+    eps,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program per row; arguments as of `layer_norm`'s forward kernel."""
+    row = tl.program_id(0).to(tl.int64)
+    X += row * x_stride
+    RESIDUAL += row * residual_stride
+    mean = tl.zeros([CHUNK], tl.float32)
+    squares = tl.zeros([CHUNK], tl.float32)
+    count = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, N, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = column < N
+        x = _chunk(X, RESIDUAL, S, column, inside, "evict_last", HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(S + row * N + column, x.to(S.dtype.element_ty), mask=inside)
+        count += tl.where(inside, 1.0, 0.0)
+        delta = tl.where(inside, x - mean, 0.0)
+        mean += delta / tl.maximum(count, 1.0)
+        squares += tl.where(inside, delta * (x - mean), 0.0)
+    mean, squares, count = tl.reduce((mean, squares, count), 0, _combine)
+    rstd = 1.0 / tl.sqrt(squares / N + eps)
+    for start in range(0, N, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = column < N
+        y = (_chunk(X, RESIDUAL, S, column, inside, "evict_first", HAS_RESIDUAL) - mean) * rstd
+        if HAS_WEIGHT:
+            weight = tl.load(WEIGHT + column, mask=inside, other=0.0, eviction_policy="evict_last")
+            y *= weight.to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(BIAS + column, mask=inside, other=0.0, eviction_policy="evict_last")
+            y += bias.to(tl.float32)
+        tl.store(Y + row * N + column, y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(MEAN + row, mean)
+    tl.store(RSTD + row, rstd)
