@@ -22,9 +22,11 @@ def _combine(mean_a, squares_a, count_a, mean_b, squares_b, count_b):
 @triton.jit
 def _chunk(X, RESIDUAL, S, column, inside, EVICTION: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
     """Part of what is to be normalised, as it is stored."""
-    x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=EVICTION)  # pyright: ignore
+    x = x.to(tl.float32)
     if HAS_RESIDUAL:
-        added = tl.load(RESIDUAL + column, mask=inside, other=0.0, eviction_policy=EVICTION)
+        at = RESIDUAL + column
+        added = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION)  # pyright: ignore
         x = (x + added.to(tl.float32)).to(S.dtype.element_ty).to(tl.float32)
     return x
 
