@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,18 @@ class StepResult:
     verdict: Verdict
 
 
+class Graph(Protocol):
+    """Forward and backward of all micro-batches of a step as one launch; see `fastft.graphs`."""
+
+    def takes(self, batches: Sequence[Batch], /) -> bool:
+        """Whether the batches are such as it was captured with."""
+        ...
+
+    def replay(self, batches: Sequence[Batch], /) -> Sequence[Loss]:
+        """What `TrainingStep.forward_backward` does; its losses are overwritten by the next."""
+        ...
+
+
 class TrainingStep:
     """`step(index, batches) -> StepResult`: accumulates over the batches, then updates once.
 
@@ -53,7 +66,12 @@ class TrainingStep:
         optimizer: over the trained parameters.
         penalty: the run file's terms on parameters, or None.
         kernels: whether gradients are measured by fastft's kernel.
+
+    Attributes:
+        graph: runs forward and backward where it takes the batches; None: nothing was captured.
     """
+
+    graph: Graph | None = None
 
     def __init__(
         self,
@@ -86,10 +104,12 @@ class TrainingStep:
         if statistics:
             torch._foreach_copy_(self._kept, statistics)  # pyright: ignore[reportPrivateImportUsage]
         factor = self.optimizer.lr_factor(index)
-        losses = [
-            self._forward_backward(dataclasses.replace(batch, lr_factor=factor), len(batches))
-            for batch in batches
-        ]
+        batches = [dataclasses.replace(batch, lr_factor=factor) for batch in batches]
+        if self.graph is not None and self.graph.takes(batches):
+            with record_function("fastft/graph"):
+                losses = self.graph.replay(batches)
+        else:
+            losses = self.forward_backward(batches)
         total = _mean([loss.total for loss in losses])
         # Micro-batches of different data sets may have different parts.
         names = dict.fromkeys(name for loss in losses for name in loss.parts)
@@ -119,6 +139,10 @@ class TrainingStep:
             self.optimizer.update(index, verdict.divisor, verdict.skip)
             self.optimizer.zero_grad()
         return StepResult(total, parts, verdict)
+
+    def forward_backward(self, batches: Sequence[Batch]) -> list[Loss]:
+        """The detached loss of each micro-batch; leaves their gradients' sum in the parameters."""
+        return [self._forward_backward(batch, len(batches)) for batch in batches]
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from fastft.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoin
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode, staged_names, unfreeze
+from fastft.graphs import capture_step
 from fastft.loop import (
     EvaluateHook,
     LogHook,
@@ -89,6 +90,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         plan_memory(
             config, step, forwards, loader.example, staged, console, resumed=saved is not None
         )
+        capture_step(config, step, loader, staged, console)
         sizes = {source.name: len(source) for source in loader.sources}
         state = TrainingState(task, step, ema, run.device, sizes)
         first = state.restore(saved) if saved else 0

@@ -87,7 +87,7 @@ class TrainingState:
 # What may differ when a run goes on: where it runs, how far, and how it is watched.
 _FREE = (
     *("run.folder", "run.steps", "run.device", "evaluate", "checkpoint", "log", "model.checkpoint"),
-    *("memory", "profile"),
+    *("memory", "profile", "step.cuda_graphs"),
     *("data.workers", "data.prefetch", "data.checks", "data.validation", "data.test"),
 )
 

@@ -22,6 +22,7 @@ from fastft.profiling.intervals import (
 )
 from fastft.profiling.kinds import ENGINE, KINDS, is_fp32_matmul, kernel_kind, operators_kind
 from fastft.profiling.report import (
+    GRAPH,
     IDLE,
     PHASES,
     Arithmetic,
@@ -82,6 +83,9 @@ def measure(
     mean_ms = sum(step_ms) / steps
     true_ms = mean_ms if unprofiled_ms is None else unprofiled_ms
     clipped = window.clip(works)
+    replayed = bool(window.host_ranges(GRAPH))
+    # A replay has no operators.
+    flops = 0.0 if replayed else window.flops() / steps
     # Operators are slowed down by the profiler as the whole step is, kernels are not.
     of_ms = true_ms if on_gpu else mean_ms
     return ProfileReport(
@@ -94,12 +98,12 @@ def measure(
         kinds=_kinds(clipped, steps, of_ms),
         kernels=_kernels(works, of_ms * steps)[:TOP_KERNELS],
         waits=window.waits(),
-        arithmetic=_arithmetic(window.flops() / steps, true_ms, run),
+        arithmetic=_arithmetic(flops, true_ms, run),
         fp32_matmul_share=sum(w.end - w.start for w in clipped if is_fp32_matmul(w.name))
         / (of_ms * steps * 1e3),
         compiled=compiled,
         memory=memory,
-        notes=_notes(run, on_gpu, memory),
+        notes=_notes(run, on_gpu, memory, replayed),
     )
 
 
@@ -277,6 +281,8 @@ def _phases(window: _Window, gpu: Sequence[Work] | None) -> tuple[PhaseTime, ...
     found = []
     for phase in PHASES:
         ranges = window.host_ranges(phase)
+        if phase == GRAPH and not ranges:
+            continue
         host = length(ranges) / to_ms
         if gpu is None:
             found.append(PhaseTime(phase, host, None, None))
@@ -331,12 +337,20 @@ def _arithmetic(flops: float, step_ms: float, run: RunFacts) -> Arithmetic:
         tflop=flops / 1e12,
         tflops=rate / 1e12,
         peak_tflops=None if peak is None else peak / 1e12,
-        mfu=None if peak is None else rate / peak,
+        mfu=rate / peak if peak is not None and flops else None,
     )
 
 
-def _notes(run: RunFacts, on_gpu: bool, memory: MemoryReport | None) -> tuple[str, ...]:
+def _notes(
+    run: RunFacts, on_gpu: bool, memory: MemoryReport | None, replayed: bool
+) -> tuple[str, ...]:
     notes = []
+    if replayed:
+        notes.append(
+            "'graph' is forward and backward, replayed from a CUDA graph (step.cuda_graphs). A"
+            " replay shows kernels only: there are no operators, hence no MFU and rates, and the"
+            " memory curve leaves out what the graph holds."
+        )
     if not run.is_gpu:
         notes.append("The run was on a CPU: times are the host's, and kernels are operators.")
         notes.append("No memory curve: torch records allocations on a GPU only.")

@@ -22,6 +22,7 @@ PHASE_COLOURS = {
     "data": "#b8336a",
     "forward": "#2b6cb0",
     "backward": "#805ad5",
+    "graph": "#0f7b83",
     "gradients": "#9c6a00",
     "update": "#3f7d32",
     "other": "#6e6e6e",

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PHASES = ("data", "forward", "backward", "gradients", "update", "other")
+# Forward and backward, where they are replayed from a CUDA graph.
+GRAPH = "graph"
+PHASES = ("data", "forward", "backward", GRAPH, "gradients", "update", "other")
 
 # The rest of a step beside the kinds of work.
 IDLE = "idle"
@@ -120,7 +122,7 @@ class Arithmetic:
     """Matrix products, convolutions and attention of a step.
 
     Attributes:
-        tflop: per step, in 1e12 operations.
+        tflop: per step, in 1e12 operations; 0: not known.
         tflops: over the step's time, in 1e12 per second.
         peak_tflops: of the device in this precision; None: not in the table.
         mfu: `tflops / peak_tflops`.

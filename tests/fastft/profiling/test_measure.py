@@ -168,3 +168,23 @@ def test_a_gpu_run_whose_trace_has_no_gpu_work_says_so(trace: Any, gpu_run: RunF
     report = measure(parse_trace(trace.events), gpu_run, CompileFacts())
     assert report.phases[0].gpu_ms is None
     assert any("holds no GPU work" in note for note in report.notes)
+
+
+def test_a_replayed_graph_is_a_phase_without_arithmetic(trace: Any, gpu_run: RunFacts) -> None:
+    trace.mark("step", 0, 1000)
+    trace.mark("graph", 100, 200)
+    # One launch of several kernels; copies of the batch go before it.
+    trace.kernel("sm90_xmma_gemm_bf16bf16_bf16f32", 150, 160, 500)
+    trace.kernel("void at::native::vectorized_elementwise_kernel<4>", 150, 500, 550)
+    trace.mark("update", 300, 400)
+    trace.kernel("_adam_kernel", 310, 550, 800)
+    report = measure(parse_trace(trace.events), gpu_run, CompileFacts())
+    phases = {phase.name: (phase.host_ms, phase.gpu_ms) for phase in report.phases}
+    assert phases["graph"] == pytest.approx((0.1, 0.39))
+    assert phases["update"] == pytest.approx((0.1, 0.25))
+    kinds = {kind.name: kind.ms for kind in report.kinds if kind.ms}
+    assert kinds == pytest.approx(
+        {"matmul": 0.34, "elementwise": 0.05, "optimizer": 0.25, "idle": 0.36}
+    )
+    assert (report.arithmetic.tflop, report.arithmetic.mfu) == (0, None)
+    assert "replayed from a CUDA graph" in report.notes[0]

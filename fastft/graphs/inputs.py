@@ -1,0 +1,72 @@
+"""Batches in memory that stays, and which others may be copied there."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from fastft.task import Batch
+
+
+class StaticBatches:
+    """Copies of a step's batches, for a graph to read.
+
+    Attributes:
+        batches: the copies.
+        is_dense: whether none of their tensors is sparse or nested; others are not filled.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = [
+            dataclasses.replace(b, data=tree_map_only(Tensor, torch.clone, dict(b.data)))
+            for b in batches
+        ]
+        self._forms = [_form(batch) for batch in batches]
+        self._tensors = _tensors(self.batches)
+        self.is_dense = all(tensor.layout is torch.strided for tensor in self._tensors)
+
+    def match(self, batches: Sequence[Batch]) -> bool:
+        """Whether the batches differ from these in their tensors' values alone.
+
+        Not in shapes, dtypes, sizes, sources or host values: a loss may have read those. The
+        learning rate may differ.
+        """
+        same_count = len(batches) == len(self._forms)
+        return same_count and all(map(_alike, map(_form, batches), self._forms))
+
+    def fill(self, batches: Sequence[Batch]) -> None:
+        """Copies the values of batches that match."""
+        if self._tensors:
+            torch._foreach_copy_(self._tensors, _tensors(batches))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _tensors(batches: Sequence[Batch]) -> list[Tensor]:
+    leaves = tree_leaves([dict(batch.data) for batch in batches])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _form(batch: Batch) -> list[Any]:
+    leaves, structure = tree_flatten(dict(batch.data))
+    return [structure, batch.size, batch.source, *map(_leaf_form, leaves)]
+
+
+def _leaf_form(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.dtype, leaf.shape, leaf.stride() if leaf.layout is torch.strided else leaf.layout
+
+
+def _alike(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Whether two values are the same for certain; of arrays nobody knows."""
+    if ours is theirs:
+        return True
+    equal = ours == theirs
+    return isinstance(equal, bool | np.bool_) and bool(equal)

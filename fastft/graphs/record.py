@@ -1,0 +1,92 @@
+"""The capture itself: the one place that calls CUDA."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.task import Loss
+
+TOO_LITTLE_MEMORY = "there is too little memory for it beside the uncaptured step"
+_WARM_UP = 2
+
+# Losses of the micro-batches, and gradients of the parameters.
+Outputs = tuple[Sequence[Loss], list[Tensor | None]]
+Run = Callable[[], Outputs]
+# Captures a call; what it returns repeats the call into the same outputs. Raises NotCaptured.
+Record = Callable[[Run, torch.device], tuple[Callable[[], object], Outputs]]
+
+
+class NotCaptured(Exception):
+    """Why a step cannot be captured."""
+
+
+def record_on_gpu(run: Run, device: torch.device) -> tuple[Callable[[], object], Outputs]:
+    """Captures a call in a CUDA graph.
+
+    Raises:
+        NotCaptured: the call waits for the GPU, or CUDA refuses.
+    """
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    before = torch.cuda.current_stream(device)
+    pool = torch.cuda.graph_pool_handle()
+    outputs = reason = None
+    try:
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                run()
+            with _waiting_forbidden():
+                run()
+        torch.cuda.synchronize(device)
+        # cuBLAS makes its workspace anew in the graph's memory, which lives as long as the graph.
+        torch._C._cuda_clearCublasWorkspaces()
+        # What is destroyed in the middle of a capture may end it.
+        gc.collect()
+        # Other threads may pin memory meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            outputs = run()
+        torch._C._cuda_clearCublasWorkspaces()
+    except torch.OutOfMemoryError:
+        reason = TOO_LITTLE_MEMORY
+    except Exception as error:
+        # Where the end of the capture fails as well, its error hides the first one.
+        first = error.__context__ or error
+        reason = f"it cannot be captured: {(str(first) or repr(first)).splitlines()[0]}"
+    # Past the handlers, because the error's frames hold activations.
+    if outputs is None or reason is not None:
+        outputs = None
+        _abandon(device, pool, before)
+        raise NotCaptured(reason)
+    return graph.replay, outputs
+
+
+def _abandon(device: torch.device, pool: Any, before: torch.cuda.Stream) -> None:
+    """Where a capture fails, torch 2.11 leaves stream, allocator and generator in the middle of it.
+
+    After that no random numbers could be drawn, and no cached memory given back.
+    """
+    torch.cuda.set_stream(before)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # It refuses where the allocator is not in the middle of a capture.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    torch._C._cuda_clearCublasWorkspaces()
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextlib.contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    """Makes a wait an error that breaks nothing; in the middle of a capture it would."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
