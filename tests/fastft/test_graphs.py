@@ -180,6 +180,9 @@ def test_choosing_changes_nothing(clock: tuple[float, float]) -> None:
 class Odd(nn.Module):
     """One linear layer; `change` is called in each forward pass and gives a factor."""
 
+    count: Tensor
+    late: Tensor | None
+
     def __init__(self, change: Callable[["Odd"], Any]) -> None:
         super().__init__()
         self.linear, self.change = nn.Linear(4, 1), change
@@ -201,7 +204,7 @@ def replace_buffer(module: Odd) -> float:
     return 1.0
 
 
-def grow_buffer(module: Odd) -> float:
+def grow_buffer(module: Odd) -> Tensor:
     if module.late is None:
         module.late = torch.ones(())
     return module.late

@@ -117,11 +117,11 @@ class CapturedIsFaster:
 
 
 def choose(
-    step: TrainingStep, fits: Callable[[], bool] = lambda: True
+    step: TrainingStep, fits: Callable[[], bool] = lambda: True, size: int = 32
 ) -> tuple[StepGraph | None, str]:
     found = choose_graph(
         step,
-        [micro_batches(100), micro_batches(101)],
+        [micro_batches(100, size=size), micro_batches(101, size=size)],
         100,
         record=record_on_gpu,
         fits=fits,
@@ -176,7 +176,6 @@ def test_captured_steps_are_uncaptured_steps(precision: str, mode: str, optim: s
     expected = train_ten_steps(plain)
     assert_same_bits(train_ten_steps(captured), expected)
     assert expected["untouched"] == ["spare"]
-    assert expected["losses"][-1] < expected["losses"][0]
 
 
 def count(model: Net, x: Tensor) -> None:
@@ -211,27 +210,34 @@ def test_a_refused_step_goes_on_as_if_it_had_never_been_tried(odd: Any, reason: 
     assert_same_bits(train_ten_steps(refused), expected)
     # The allocator can still give memory back.
     free = torch.empty(2**26, device=CUDA)
-    reserved = torch.cuda.memory_reserved(CUDA)
+    before = torch.cuda.memory_reserved(CUDA)
     del free
+    assert reserved() < before
+
+
+def reserved() -> int:
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved(CUDA) < reserved
+    return torch.cuda.memory_reserved(CUDA)
 
 
 def test_a_graph_that_is_not_used_leaves_no_memory() -> None:
-    step = make_step()
+    step, held = make_step(), []
+
+    def fits() -> bool:
+        held.append(reserved())
+        return False
+
     with step.rehearsal():
         step(0, micro_batches(0))
     step.optimizer.forget()
-    torch._C._cuda_clearCublasWorkspaces()
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(CUDA)
-    graph, decision = choose(step, fits=lambda: False)
+    before = reserved()
+    graph, decision = choose(step, fits, size=2**16)
     assert graph is None
     assert "too little memory" in decision
-    torch._C._cuda_clearCublasWorkspaces()
-    gc.collect()
-    assert torch.cuda.memory_allocated(CUDA) <= before
+    assert held[0] > before + 2**27
+    assert reserved() < before + 2**24
 
 
 def test_replayed_steps_do_not_wait_for_the_device() -> None:
