@@ -2,7 +2,7 @@
 
 A block may keep everything that its backward needs, or less and compute the rest again. Eager
 blocks say what they keep by operator (selective checkpointing), compiled ones by the share of bytes
-that the partitioner may keep; both can keep only their inputs.
+that the partitioner may keep; both can keep only their inputs. What is kept may wait on the host.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from fastft.errors import ConfigError, PlanError
+from fastft.offload import Host
 from fastft.precision import Precision
 from fastft.task import Block, Task
 
@@ -51,29 +52,35 @@ class Way:
         share: compiled blocks: of the bytes that a block keeps by default, how much it may keep.
         operators: eager blocks: whose outputs are kept; None: what autograd keeps.
         recompute: only the inputs are kept.
+        offload: what is kept waits in the host's memory.
     """
 
     name: str
     share: float = 1.0
     operators: tuple[str, ...] | None = None
     recompute: bool = False
+    offload: bool = False
 
 
 KEEP = Way("keep all")
+OFFLOAD = Way("keep all on the host", offload=True)
 RECOMPUTE = Way("recompute all", recompute=True)
+LEAST = Way("recompute all, inputs on the host", recompute=True, offload=True)
 EAGER = (
     KEEP,
     Way("recompute pointwise", operators=_MATMULS + _ATTENTION + _NORMS + _FASTFT_NORMS),
     Way("recompute pointwise, attention", operators=_MATMULS + _NORMS + _FASTFT_NORMS),
     Way("keep matmuls", operators=_MATMULS),
+    OFFLOAD,
     RECOMPUTE,
+    LEAST,
 )
 COMPILED = (KEEP, *(Way(f"keep {share:.0%}", share=share) for share in (0.75, 0.5, 0.35, 0.2)))
-COMPILED += (RECOMPUTE,)
+COMPILED += (OFFLOAD, RECOMPUTE, LEAST)
 
 
 def ways(mode: str) -> tuple[Way, ...]:
-    """The menu for `step.compile` 'off' or 'blocks', from most kept to least."""
+    """The menu for `step.compile` 'off' or 'blocks', from most kept on the device to least."""
     return COMPILED if mode == "blocks" else EAGER
 
 
@@ -86,6 +93,9 @@ class BlockForwards:
         task: its blocks' present forwards are the ones that run, whatever way is chosen.
         mode: `step.compile`, 'off' or 'blocks'.
         precision: autocast goes inside what is compiled (see `compiled`).
+
+    Attributes:
+        host: what the ways that offload share.
 
     Raises:
         ConfigError: blocks are to be compiled and the adapter names none.
@@ -100,10 +110,11 @@ class BlockForwards:
         self.mode = mode
         self.ways = {way.name: way for way in ways(mode)}
         self.chosen: dict[str, str] = {}
+        self.host = Host(precision.device)
         self.blocks = {block.name: block for block in task.blocks}
         self._original = {block.name: _unbound(block.module) for block in task.blocks}
         self._made: dict[tuple[str, str], Forward] = {}
-        self._precision = precision
+        self.precision = precision
         if mode == "blocks":
             allow_graphs(len(self.blocks) * len(self.ways))
 
@@ -135,19 +146,22 @@ class BlockForwards:
 
     def _make(self, block: Block, way: Way) -> Forward:
         forward = self._original[block.name]
-        if self.mode == "blocks" and not way.recompute:
+        around = way.recompute or way.offload
+        if self.mode == "blocks" and not around:
             backend = _backend(way.share) if way.share < 1 else "inductor"
-            forward = compiled(forward, self._precision, block.dynamic, backend=backend)
+            forward = compiled(forward, self.precision, block.dynamic, backend=backend)
         if way == KEEP:
             return forward
         keep = self._function(block.name, KEEP.name)
-        if way.recompute and self.mode == "blocks":
+        if around and self.mode == "blocks":
             # No change of autocast's state around a compiled graph: it would be compiled again.
             forward = keep
         elif self.mode == "off":
             forward = functools.partial(_without_cast_cache, forward)
         if way.recompute or way.operators is not None:
             forward = _checkpointed(forward, way.operators)
+        if way.offload:
+            forward = self.host.offloaded(forward)
 
         def run(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
             chosen = forward if torch.is_grad_enabled() else keep

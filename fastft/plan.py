@@ -33,7 +33,7 @@ from fastft.memory.fake import (
 )
 from fastft.memory.picture import Panel, draw_timeline
 from fastft.memory.plan import Plan, measure_costs, picked
-from fastft.memory.solve import Solution, StepCosts, smallest_peak, solve
+from fastft.memory.solve import Solution, StepCosts, host_bytes, smallest_peak, solve
 from fastft.runtime import open_run
 from fastft.step import Ema, TrainingStep
 from fastft.task import Batch, Task
@@ -234,7 +234,8 @@ def _estimate(config: RunConfig) -> Measured:
         f"an estimate without a GPU: bytes are counted on fake tensors; times are those of an"
         f" ideal {speed.name} (arithmetic at peak rate, or bytes at"
         f" {speed.bytes_per_second / 1e12:.1f} TB/s), a lower bound;"
-        f" {_CONTEXT_BYTES / GIB:.2f} GiB of each budget are left to CUDA"
+        f" {_CONTEXT_BYTES / GIB:.2f} GiB of each budget are left to CUDA; ways that use the host's"
+        " memory are left out, for their cost is up to the machine"
     ]
     if config.step.compile == "blocks":
         how.append(
@@ -286,19 +287,20 @@ def _build(
 def _table(measured: Measured, answers: Sequence[Answer]) -> Table:
     costs = measured.costs
     table = Table(title=f"Memory plans: {measured.title}")
-    for column in ("budget", "peak GiB", "step ms", "recompute"):
+    for column in ("budget", "peak GiB", "step ms", "recompute", "host GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("blocks, in forward order", overflow="fold")
     for answer in answers:
         if answer.solution is None:
             least = f"nothing fits; the least is {smallest_peak(costs)[0] / GIB:.2f} GiB"
-            table.add_row(answer.label, "-", "-", "-", least)
+            table.add_row(answer.label, "-", "-", "-", "-", least)
             continue
         table.add_row(
             answer.label,
             f"{answer.solution.peak_bytes / GIB:.2f}",
             f"{measured.step_seconds(answer.solution) * 1e3:.1f}",
             f"{recompute_share(costs, answer.solution.picks):.1%}",
+            f"{host_bytes(costs, answer.solution.picks) / GIB:.2f}",
             Text(describe_blocks(costs, answer.solution.picks)),
         )
     return table
@@ -341,7 +343,8 @@ def _write(folder: Path, measured: Measured, answers: Sequence[Answer]) -> list[
         # A block that is never called is not in the costs.
         ways = {block.name: KEEP.name for block in measured.step.task.blocks}
         ways.update(picked(costs, solution))
-        Plan(limit, ways, solution.peak_bytes, seconds).save(path)
+        host = host_bytes(costs, solution.picks)
+        Plan(limit, ways, solution.peak_bytes, seconds, host_bytes=host).save(path)
         written.append(path)
         share = recompute_share(costs, solution.picks)
         spent = f"{share:.1%} recomputed" if share else "nothing recomputed"

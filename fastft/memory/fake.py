@@ -285,7 +285,8 @@ def estimate_costs(
     """The whole menu, inside of `on_fake_tensors`; leaves every block recomputing all.
 
     No optimizer step is run: its state is taken from the settings, its time from the bytes that it
-    moves.
+    moves. Ways that offload are left out: what they cost is up to the link and the memory of the
+    machine that the run is for.
     """
     parameters = step.optimizer.parameters.values()
     weights = sum(p.nbytes for p in parameters)
@@ -299,7 +300,8 @@ def estimate_costs(
     step.optimizer.update = update
     forwards.use_everywhere(RECOMPUTE)
     calls = capture_calls(step, batches[0])
-    measured = measure_blocks(step, forwards, calls, list(forwards.ways), meter, rounds=1)
+    names = [name for name, way in forwards.ways.items() if not way.offload]
+    measured = measure_blocks(step, forwards, calls, names, meter, rounds=1)
     del calls
     costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
     held.clear()

@@ -3,6 +3,10 @@
 A rehearsal is a whole training step whose update is told to change nothing. One of them, in which
 every block keeps as little as it can, gives what is there besides the blocks; then each distinct
 block runs alone under each way, forward and backward.
+
+A block alone cannot hide the copies of what it puts on the host. Ways that offload are therefore
+timed on chains of the block: as many forwards, then their backwards, last first. The first of these
+backwards waits for its copy as a whole, so the time is an upper bound.
 """
 
 import contextlib
@@ -22,11 +26,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastft.blocks import BlockForwards
 from fastft.memory.meter import Meter
 from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes
-from fastft.precision import Precision
+from fastft.offload import HostMemoryError
 from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
 
 _ROUNDS, _REPEATS = 3, 3
+# Blocks in the chain on which a way that offloads is timed.
+_CHAIN = 3
 # How torch's selective checkpointing refuses a block that changes in place what it was to keep.
 _IN_PLACE = "has been mutated"
 
@@ -185,15 +191,15 @@ class _Trial:
     """One block alone, one way.
 
     Args:
-        forward: the block's, run that way.
-        call: what it is called with.
+        call: what the block is called with.
     """
 
-    def __init__(
-        self, block: Block, forward: Callable[..., Any], call: Call, precision: Precision
-    ) -> None:
+    def __init__(self, forwards: BlockForwards, block: Block, way: str, call: Call) -> None:
+        self.way, self.host = way, forwards.host
+        self.offloads = forwards.ways[way].offload
         self._parameters = list(block.module.parameters())
-        self._forward, self._call, self._precision = forward, call, precision
+        self._forward, self._precision = forwards.forward(block.name, way), forwards.precision
+        self._call = call
 
     def run_forward(self, inputs: tuple[Any, Any] | None = None) -> list[Tensor]:
         """Differentiable outputs, of fresh inputs where none are given."""
@@ -208,10 +214,22 @@ class _Trial:
         self.drop_gradients()
         return self._call.fresh()
 
-    def run(self, outputs: list[Tensor] | None = None) -> None:
-        """Backward of the outputs, of a new forward without them."""
-        outputs = self.run_forward() if outputs is None else outputs
+    def run_backward(self, outputs: list[Tensor]) -> None:
+        """Makes the parameters' gradients."""
         torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
+
+    def run(self) -> None:
+        """Forward and backward; of a chain where the way offloads."""
+        outputs = [self.run_forward() for _ in range(_CHAIN if self.offloads else 1)]
+        while outputs:
+            self.drop_gradients()
+            self.run_backward(outputs.pop())
+
+    def seconds(self, meter: Meter) -> float:
+        """Of one forward and backward."""
+        total = meter.seconds(self.run, _REPEATS)
+        self.drop_gradients()
+        return total / _CHAIN if self.offloads else total
 
     def drop_gradients(self) -> None:
         """As a step begins."""
@@ -219,23 +237,29 @@ class _Trial:
             parameter.grad = None
 
 
-def measure_block(trial: _Trial, way: str, meter: Meter) -> Choice:
+def measure_block(trial: _Trial, meter: Meter) -> Choice:
     """Bytes kept, and the highest forward and backward; the time is left at 0."""
-    # The first compiles, and libraries make their workspaces.
+    # The first compiles, libraries make their workspaces, and the host its buffers.
     trial.run()
     gc.collect()
-    inputs = trial.fresh()
+    # The block before, whose copies come back while this one's backward runs.
+    before = trial.run_forward() if trial.offloads else None
+    inputs, there = trial.fresh(), trial.host.held_bytes
     meter.reset_peak()
     start = meter.allocated()
     outputs = trial.run_forward(inputs)
     del inputs
     kept, forward_bytes = meter.allocated() - start, meter.peak() - start
+    host_bytes = trial.host.held_bytes - there
     meter.reset_peak()
     start = meter.allocated()
-    trial.run(outputs)
+    trial.run_backward(outputs)
     backward_bytes = meter.peak() - start
+    if before is not None:
+        trial.run_backward(before)
     trial.drop_gradients()
-    return Choice(way, max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0), 0.0)
+    measured = (max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0))
+    return Choice(trial.way, *measured, seconds=0.0, host_bytes=host_bytes)
 
 
 def measure_blocks(
@@ -258,33 +282,35 @@ def measure_blocks(
     costs: dict[str, dict[str, Choice]] = {}
     for members in distinct_blocks(step.task, calls).values():
         first = members[0]
-        trials = {
-            name: _Trial(
-                first, forwards.forward(first.name, name), calls[first.name], step.precision
-            )
-            for name in names
-        }
+        trials = {name: _Trial(forwards, first, name, calls[first.name]) for name in names}
         found = {}
         for name in list(trials):
             try:
-                found[name] = measure_block(trials[name], name, meter)
-            except RuntimeError as error:
-                known = isinstance(error, torch.OutOfMemoryError) or _IN_PLACE in str(error)
-                if name == names[-1] or not known:
+                found[name] = measure_block(trials[name], meter)
+            except (RuntimeError, HostMemoryError) as error:
+                reason = _reason(error)
+                if name == names[-1] or reason is None:
                     raise
                 trials.pop(name).drop_gradients()
-                reason = "out of memory" if _IN_PLACE not in str(error) else "it works in place"
                 say(f"memory: {first.name} and its like cannot '{name}': {reason}")
         times: dict[str, list[float]] = {name: [] for name in found}
         for _, (name, trial) in itertools.product(range(rounds), trials.items()):
-            times[name].append(meter.seconds(trial.run, _REPEATS))
-            trial.drop_gradients()
+            times[name].append(trial.seconds(meter))
         for name, seconds in times.items():
             found[name] = dataclasses.replace(found[name], seconds=statistics.median(seconds))
         for block in members:
             often = calls[block.name].times
             costs[block.name] = {name: _repeated(c, often) for name, c in found.items()}
     return costs
+
+
+def _reason(error: Exception) -> str | None:
+    """Why a block cannot run a way; None where the way is not to blame."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, HostMemoryError):
+        return "the host has too little memory"
+    return "it works in place" if _IN_PLACE in str(error) else None
 
 
 def _repeated(choice: Choice, times: int) -> Choice:
@@ -295,6 +321,7 @@ def _repeated(choice: Choice, times: int) -> Choice:
         kept_bytes=times * kept,
         forward_bytes=(times - 1) * kept + choice.forward_bytes,
         seconds=times * choice.seconds,
+        host_bytes=times * choice.host_bytes,
     )
 
 

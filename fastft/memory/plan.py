@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fastft.atomic import write_file_atomically
-from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
+from fastft.blocks import KEEP, LEAST, RECOMPUTE, BlockForwards
 from fastft.config import RunConfig
 from fastft.errors import PlanError, nearest
 from fastft.finetune import set_train_mode
@@ -32,7 +32,15 @@ from fastft.memory.measure import (
     rehearse,
 )
 from fastft.memory.meter import DeviceMeter
-from fastft.memory.solve import Solution, StepCosts, peak_bytes, solve, step_seconds
+from fastft.memory.solve import (
+    Solution,
+    StepCosts,
+    host_bytes,
+    peak_bytes,
+    solve,
+    step_seconds,
+)
+from fastft.offload import HostMemoryError
 from fastft.step import TrainingStep
 from fastft.task import Batch
 
@@ -48,6 +56,7 @@ class Plan:
         ways: block name -> name of a way (see `fastft.blocks`).
         predicted_bytes, predicted_seconds: of a step by the model; None where it was not needed.
         peak_bytes: highest allocation in a rehearsed step; None where none was rehearsed.
+        host_bytes: of activations that wait on the host.
     """
 
     budget_bytes: int
@@ -55,6 +64,7 @@ class Plan:
     predicted_bytes: int | None = None
     predicted_seconds: float | None = None
     peak_bytes: int | None = None
+    host_bytes: int = 0
 
     def save(self, path: Path) -> None:
         """Writes JSON that `load_plan` reads."""
@@ -68,7 +78,8 @@ class Plan:
             counts[way] = counts.get(way, 0) + 1
         blocks = ", ".join(f"{count} x {way}" for way, count in counts.items()) or "no blocks"
         peak = self.peak_bytes or self.predicted_bytes or 0
-        return f"memory plan: {blocks}; peak {peak / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB"
+        line = f"memory plan: {blocks}; peak {peak / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB"
+        return line + (f"; {self.host_bytes / GIB:.2f} GiB on the host" if self.host_bytes else "")
 
 
 def load_plan(path: Path, forwards: BlockForwards) -> Plan:
@@ -114,7 +125,7 @@ def measure_costs(
     batches: Sequence[Batch],
     say: Callable[[str], object] = lambda text: None,
 ) -> StepCosts:
-    """The whole menu, measured on the device; leaves every block recomputing all.
+    """The whole menu, measured on the device; leaves every block keeping the least.
 
     Args:
         say: told of ways that a block cannot run.
@@ -122,12 +133,9 @@ def measure_costs(
     Raises:
         PlanError: a block cannot be run a second time.
     """
-    forwards.use_everywhere(RECOMPUTE)
-    names = list(forwards.ways)
     try:
         # The first step compiles, makes the optimizer's state and the workspaces of libraries.
-        if differentiates_twice(step, batches):
-            names = [KEEP.name, RECOMPUTE.name]
+        names = _menu(step, forwards, batches, say)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -141,7 +149,40 @@ def measure_costs(
         measured = measure_blocks(step, forwards, calls, names, meter, say=say)
     del calls
     _clean()
+    limit = forwards.host.limit_bytes
+    for way in names[:-1]:
+        if sum(costs[way].host_bytes for costs in measured.values() if way in costs) > limit:
+            say(f"memory: '{way}' would take more than half of the host's free memory")
+            for costs in measured.values():
+                costs.pop(way, None)
     return assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
+
+
+def _menu(
+    step: TrainingStep,
+    forwards: BlockForwards,
+    batches: Sequence[Batch],
+    say: Callable[[str], object],
+) -> list[str]:
+    """Rehearses a step and names the ways to measure; the last is in use.
+
+    Ways that offload are left out where the inputs of blocks are too small for it, or too large.
+    """
+    forwards.use_everywhere(LEAST)
+    try:
+        twice = differentiates_twice(step, batches)
+        offloads = forwards.host.pinned_bytes > 0 and not twice
+    except HostMemoryError:
+        say("memory: the inputs of all blocks would take more than half of the host's free memory")
+        offloads = False
+        forwards.use_everywhere(RECOMPUTE)
+        twice = differentiates_twice(step, batches)
+    if offloads:
+        return list(forwards.ways)
+    forwards.use_everywhere(RECOMPUTE)
+    if twice:
+        return [KEEP.name, RECOMPUTE.name]
+    return [name for name, way in forwards.ways.items() if not way.offload]
 
 
 def make_plan(
@@ -194,7 +235,7 @@ def _search(
 ) -> tuple[Plan | None, StepCosts]:
     """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again.
 
-    Recomputing all comes last: it has been rehearsed while it was measured. Returns the corrected
+    Keeping the least comes last: it has been rehearsed while it was measured. Returns the corrected
     costs too.
     """
     room, best = round(limit * (1 - SLACK)), None
@@ -218,7 +259,8 @@ def _search(
             continue
         if best is None or best.predicted_seconds is None or seconds < best.predicted_seconds:
             # Not `ways`: a block that is never called is not in the costs.
-            best = Plan(limit, dict(forwards.chosen), predicted, seconds, peak)
+            host = host_bytes(costs, solution.picks)
+            best = Plan(limit, dict(forwards.chosen), predicted, seconds, peak, host)
         missed = peak - predicted
         costs = replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
     return best, costs

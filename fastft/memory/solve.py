@@ -37,6 +37,7 @@ class Choice(_Costs):
     `backward_bytes`: highest allocation during its backward, above all kept bytes (its own too)
     and the later blocks' gradients; has its own and the gradient that arrives at its output.
     `seconds`: forward, backward and recomputation.
+    `host_bytes`: what of its activations waits on the host; no part of the others.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Choice(_Costs):
     forward_bytes: int
     backward_bytes: int
     seconds: float
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,11 @@ def peak_bytes(costs: StepCosts, picks: Sequence[int]) -> int:
 def step_seconds(costs: StepCosts, picks: Sequence[int]) -> float:
     """Time of the step; correctly rounded, so no order of the blocks changes it."""
     return math.fsum([costs.other_seconds, *(c.seconds for c in _chosen(costs, picks))])
+
+
+def host_bytes(costs: StepCosts, picks: Sequence[int]) -> int:
+    """What all blocks have on the host at the end of the forward pass."""
+    return sum(choice.host_bytes for choice in _chosen(costs, picks))
 
 
 def solve(
