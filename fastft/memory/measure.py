@@ -3,10 +3,6 @@
 A rehearsal is a whole training step whose update is told to change nothing. One of them, in which
 every block keeps as little as it can, gives what is there besides the blocks; then each distinct
 block runs alone under each way, forward and backward.
-
-A block alone cannot hide the copies of what it puts on the host. Ways that offload are therefore
-timed on chains of the block: as many forwards, then their backwards, last first. The first of these
-backwards waits for its copy as a whole, so the time is an upper bound.
 """
 
 import contextlib
@@ -26,32 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastft.blocks import BlockForwards
 from fastft.memory.meter import Meter
 from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes
+from fastft.memory.trial import Call, Trial, detached, measure_block
 from fastft.offload import HostMemoryError
 from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
 
-_ROUNDS, _REPEATS = 3, 3
-# Blocks in the chain on which a way that offloads is timed.
-_CHAIN = 3
+_ROUNDS = 3
 # How torch's selective checkpointing refuses a block that changes in place what it was to keep.
 _IN_PLACE = "has been mutated"
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a block was called with: tensors detached, with their `requires_grad`.
-
-    Attributes:
-        times: calls per micro-batch.
-    """
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    times: int = 1
-
-    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same inputs in a new graph; no leaves, which a block may not change in place."""
-        return tree_map(_fresh, (self.arguments, self.keywords))
 
 
 @dataclass
@@ -109,7 +87,7 @@ def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
             if name in calls:
                 calls[name] = dataclasses.replace(calls[name], times=calls[name].times + 1)
                 return
-            call = Call(*tree_map(_detached, (arguments, keywords)))
+            call = Call(*tree_map(detached, (arguments, keywords)))
             calls[name] = kept.setdefault(_signature(module, call), call)
 
         return keep
@@ -187,81 +165,6 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
     return marks.rest
 
 
-class _Trial:
-    """One block alone, one way.
-
-    Args:
-        call: what the block is called with.
-    """
-
-    def __init__(self, forwards: BlockForwards, block: Block, way: str, call: Call) -> None:
-        self.way, self.host = way, forwards.host
-        self.offloads = forwards.ways[way].offload
-        self._parameters = list(block.module.parameters())
-        self._forward, self._precision = forwards.forward(block.name, way), forwards.precision
-        self._call = call
-
-    def run_forward(self, inputs: tuple[Any, Any] | None = None) -> list[Tensor]:
-        """Differentiable outputs, of fresh inputs where none are given."""
-        arguments, keywords = self.fresh() if inputs is None else inputs
-        # Entered for each call, as in a step: it caches the weights that it casts.
-        with self._precision.autocast():
-            output = self._forward(*arguments, **keywords)
-        return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
-
-    def fresh(self) -> tuple[Any, Any]:
-        """Inputs of a new graph; gradients as a step begins with."""
-        self.drop_gradients()
-        return self._call.fresh()
-
-    def run_backward(self, outputs: list[Tensor]) -> None:
-        """Makes the parameters' gradients."""
-        torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
-
-    def run(self) -> None:
-        """Forward and backward; of a chain where the way offloads."""
-        outputs = [self.run_forward() for _ in range(_CHAIN if self.offloads else 1)]
-        while outputs:
-            self.drop_gradients()
-            self.run_backward(outputs.pop())
-
-    def seconds(self, meter: Meter) -> float:
-        """Of one forward and backward."""
-        total = meter.seconds(self.run, _REPEATS)
-        self.drop_gradients()
-        return total / _CHAIN if self.offloads else total
-
-    def drop_gradients(self) -> None:
-        """As a step begins."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-
-def measure_block(trial: _Trial, meter: Meter) -> Choice:
-    """Bytes kept, and the highest forward and backward; the time is left at 0."""
-    # The first compiles, libraries make their workspaces, and the host its buffers.
-    trial.run()
-    gc.collect()
-    # The block before, whose copies come back while this one's backward runs.
-    before = trial.run_forward() if trial.offloads else None
-    inputs, there = trial.fresh(), trial.host.held_bytes
-    meter.reset_peak()
-    start = meter.allocated()
-    outputs = trial.run_forward(inputs)
-    del inputs
-    kept, forward_bytes = meter.allocated() - start, meter.peak() - start
-    host_bytes = trial.host.held_bytes - there
-    meter.reset_peak()
-    start = meter.allocated()
-    trial.run_backward(outputs)
-    backward_bytes = meter.peak() - start
-    if before is not None:
-        trial.run_backward(before)
-    trial.drop_gradients()
-    measured = (max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0))
-    return Choice(trial.way, *measured, seconds=0.0, host_bytes=host_bytes)
-
-
 def measure_blocks(
     step: TrainingStep,
     forwards: BlockForwards,
@@ -282,7 +185,7 @@ def measure_blocks(
     costs: dict[str, dict[str, Choice]] = {}
     for members in distinct_blocks(step.task, calls).values():
         first = members[0]
-        trials = {name: _Trial(forwards, first, name, calls[first.name]) for name in names}
+        trials = {name: Trial(forwards, first, name, calls[first.name]) for name in names}
         found = {}
         for name in list(trials):
             try:
@@ -375,18 +278,6 @@ def _signature(module: nn.Module, call: Call) -> str:
     inside = [type(m).__qualname__ for m in module.modules()]
     buffers = [(n, tuple(b.shape), b.dtype) for n, b in module.named_buffers()]
     return repr((inside, buffers, parameters, inputs))
-
-
-def _detached(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().requires_grad_(value.requires_grad)
-
-
-def _fresh(value: Any) -> Any:
-    value = _detached(value)
-    # A copy of a leaf is none.
-    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _on_gradient(values: Any, hook: Callable[[Tensor], None]) -> None:

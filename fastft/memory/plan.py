@@ -169,17 +169,15 @@ def _menu(
     Ways that offload are left out where the inputs of blocks are too small for it, or too large.
     """
     forwards.use_everywhere(LEAST)
-    try:
+    twice = None
+    with contextlib.suppress(HostMemoryError):
         twice = differentiates_twice(step, batches)
-        offloads = forwards.host.pinned_bytes > 0 and not twice
-    except HostMemoryError:
-        say("memory: the inputs of all blocks would take more than half of the host's free memory")
-        offloads = False
-        forwards.use_everywhere(RECOMPUTE)
-        twice = differentiates_twice(step, batches)
-    if offloads:
+    if twice is False and forwards.host.pinned_bytes:
         return list(forwards.ways)
     forwards.use_everywhere(RECOMPUTE)
+    if twice is None:
+        say("memory: the inputs of all blocks would take more than half of the host's free memory")
+        twice = differentiates_twice(step, batches)
     if twice:
         return [KEEP.name, RECOMPUTE.name]
     return [name for name, way in forwards.ways.items() if not way.offload]
@@ -277,7 +275,7 @@ def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
 def try_rehearsal(
     step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
 ) -> int | None:
-    """The peak of the second of two rehearsals, None where the limit was hit.
+    """The peak of the second of two rehearsals, None where a limit was hit, of the host's too.
 
     Args:
         may_thrash: whether a step fits in which the allocator gave everything back and began again.
@@ -288,7 +286,7 @@ def try_rehearsal(
         before = torch.cuda.memory_stats(device)["num_alloc_retries"]
         torch.cuda.reset_peak_memory_stats(device)
         rehearse(step, batches)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, HostMemoryError) as error:
         # Its frames hold the activations.
         error.__traceback__ = None
         # It may have come while the optimizer made its state.

@@ -65,17 +65,18 @@ def test_table_plans_and_picture(plan: Callable[..., Any]) -> None:
     outcome = plan("--budget", f"{AMPLE},{TIGHT},{TINY}")
     assert (outcome.code, outcome.errors) == (0, "")
     ample, tight, tiny = rows(outcome.output)
-    assert (ample[0], ample[3:]) == (AMPLE, ["0.0%", f"0-{DEPTH - 1}: keep all"])
+    assert (ample[0], ample[3:]) == (AMPLE, ["0.0%", "0.00", f"0-{DEPTH - 1}: keep all"])
     assert tight[0] == TIGHT
     assert float(tight[1]) < float(ample[1]) < 0.3
     assert float(tight[2]) >= float(ample[2]) > 0
     assert float(tight[3].rstrip("%")) > 1
-    assert "recompute" in tight[4] or "keep matmuls" in tight[4]
-    assert tiny[:4] == [TINY, "-", "-", "-"]
-    assert re.fullmatch(r"nothing fits; the least is 0\.\d\d GiB", tiny[4])
+    assert "recompute" in tight[5] or "keep matmuls" in tight[5]
+    assert tiny[:5] == [TINY, "-", "-", "-", "-"]
+    assert re.fullmatch(r"nothing fits; the least is 0\.\d\d GiB", tiny[5])
     text = outcome.output
     assert f"Memory plans: {DEPTH} blocks, batch of 16, bf16" in text
     assert "an estimate without a GPU" in text
+    assert "ways that use the host's memory are left out" in text
     assert f"{TINY}: nothing fits\nmemory.budget: no plan fits 0.02 GiB" in text
     assert "finetune: method = 'lora'" in text
 
@@ -126,7 +127,7 @@ def test_a_run_replays_a_plan(plan: Callable[..., Any], fastft: Callable[..., An
 def test_every_way_to_train_has_a_plan(settings: tuple[str, ...], plan: Callable[..., Any]) -> None:
     outcome = plan("--budget", "2 GB", *settings)
     assert (outcome.code, outcome.errors) == (0, "")
-    ((label, peak, milliseconds, _, blocks),) = rows(outcome.output)
+    ((label, peak, milliseconds, _, _, blocks),) = rows(outcome.output)
     assert (label, blocks) == ("2GB", f"0-{DEPTH - 1}: keep all")
     assert float(peak) > 0.01
     assert float(milliseconds) > 0

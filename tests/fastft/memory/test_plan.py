@@ -35,12 +35,13 @@ from fastft.task import Batch, Block, Loss, Task
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCKS, MB = 12, 10**6
 
+WAYS = [way.name for way in EAGER if not way.offload]
 # Kept, forward and backward MB, and seconds, as of a transformer's block, from most kept to least.
 MENU = ((1000, 1300, 1600, 1.0), (700, 1000, 1900, 1.02), (550, 850, 2050, 1.08))
 MENU += ((400, 700, 2200, 1.1), (100, 400, 2500, 1.33))
 CHOICES = tuple(
-    Choice(way.name, kept * MB, forward * MB, backward * MB, seconds)
-    for way, (kept, forward, backward, seconds) in zip(EAGER, MENU, strict=True)
+    Choice(way, kept * MB, forward * MB, backward * MB, seconds)
+    for way, (kept, forward, backward, seconds) in zip(WAYS, MENU, strict=True)
 )
 COSTS = StepCosts(
     blocks=tuple(BlockCosts(f"{i}", CHOICES, 50 * MB) for i in range(BLOCKS)),
@@ -85,7 +86,7 @@ def printed(console: Console) -> str:
 
 
 def picks(ways: Mapping[str, str]) -> list[int]:
-    return [[way.name for way in EAGER].index(ways[block.name]) for block in COSTS.blocks]
+    return [WAYS.index(ways[block.name]) for block in COSTS.blocks]
 
 
 @dataclass
@@ -319,13 +320,15 @@ def test_blocks_that_were_not_called_are_in_the_plan(
 
 
 def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
-    ways = {f"{i}": EAGER[i % 2].name for i in range(BLOCKS)}
+    ways = {f"{i}": WAYS[i % 2] for i in range(BLOCKS)}
     saved = Plan(80 * 10**9, ways, 79 * 10**9, 0.25, 70 * 2**30)
     saved.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json", forwards_of(task())) == saved
     assert saved.summary() == (
         "memory plan: 6 x keep all, 6 x recompute pointwise; peak 70.00 of 74.51 GiB"
     )
+    hosted = replace(saved, host_bytes=3 * 2**30)
+    assert hosted.summary() == saved.summary() + "; 3.00 GiB on the host"
     assert Plan(2**30, {}).summary() == "memory plan: no blocks; peak 0.00 of 1.00 GiB"
 
 

@@ -1,0 +1,128 @@
+"""One block alone: what it keeps, its highest forward and backward, and its time.
+
+A block alone cannot hide the copies of what it puts on the host. Ways that offload are therefore
+timed on chains of the block: as many forwards, then their backwards, last first. The first of these
+backwards waits for its copy as a whole, so the time is an upper bound.
+"""
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastft.blocks import BlockForwards
+from fastft.memory.meter import Meter
+from fastft.memory.solve import Choice
+from fastft.task import Block
+
+_REPEATS = 3
+# Blocks in the chain on which a way that offloads is timed.
+_CHAIN = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with: tensors detached, with their `requires_grad`.
+
+    Attributes:
+        times: calls per micro-batch.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    times: int = 1
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same inputs in a new graph; no leaves, which a block may not change in place."""
+        return tree_map(_fresh, (self.arguments, self.keywords))
+
+
+class Trial:
+    """One block alone, one way.
+
+    Args:
+        call: what the block is called with.
+    """
+
+    def __init__(self, forwards: BlockForwards, block: Block, way: str, call: Call) -> None:
+        self.way, self.host = way, forwards.host
+        self.offloads = forwards.ways[way].offload
+        self._parameters = list(block.module.parameters())
+        self._forward, self._precision = forwards.forward(block.name, way), forwards.precision
+        self._call = call
+
+    def run_forward(self, inputs: tuple[Any, Any] | None = None) -> list[Tensor]:
+        """Differentiable outputs, of fresh inputs where none are given."""
+        arguments, keywords = self.fresh() if inputs is None else inputs
+        # Entered for each call, as in a step: it caches the weights that it casts.
+        with self._precision.autocast():
+            output = self._forward(*arguments, **keywords)
+        return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+
+    def fresh(self) -> tuple[Any, Any]:
+        """Inputs of a new graph; gradients as a step begins with."""
+        self.drop_gradients()
+        return self._call.fresh()
+
+    def run_backward(self, outputs: list[Tensor]) -> None:
+        """Makes the parameters' gradients."""
+        torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
+
+    def run(self) -> None:
+        """Forward and backward; of a chain where the way offloads."""
+        outputs = [self.run_forward() for _ in range(_CHAIN if self.offloads else 1)]
+        while outputs:
+            self.drop_gradients()
+            self.run_backward(outputs.pop())
+
+    def seconds(self, meter: Meter) -> float:
+        """Of one forward and backward."""
+        total = meter.seconds(self.run, _REPEATS)
+        self.drop_gradients()
+        return total / _CHAIN if self.offloads else total
+
+    def drop_gradients(self) -> None:
+        """As a step begins."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def measure_block(trial: Trial, meter: Meter) -> Choice:
+    """Bytes kept, and the highest forward and backward; the time is left at 0."""
+    # The first compiles, libraries make their workspaces, and the host its buffers.
+    trial.run()
+    gc.collect()
+    # The block before, whose copies come back while this one's backward runs.
+    before = trial.run_forward() if trial.offloads else None
+    inputs, there = trial.fresh(), trial.host.held_bytes
+    meter.reset_peak()
+    start = meter.allocated()
+    outputs = trial.run_forward(inputs)
+    del inputs
+    kept, forward_bytes = meter.allocated() - start, meter.peak() - start
+    host_bytes = trial.host.held_bytes - there
+    meter.reset_peak()
+    start = meter.allocated()
+    trial.run_backward(outputs)
+    backward_bytes = meter.peak() - start
+    if before is not None:
+        trial.run_backward(before)
+    trial.drop_gradients()
+    measured = (max(kept, 0), max(forward_bytes, 0), max(backward_bytes, 0))
+    return Choice(trial.way, *measured, seconds=0.0, host_bytes=host_bytes)
+
+
+def detached(value: Any) -> Any:
+    """A tensor out of its graph, with its `requires_grad`; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _fresh(value: Any) -> Any:
+    value = detached(value)
+    # A copy of a leaf is none.
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
