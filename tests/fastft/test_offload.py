@@ -263,6 +263,64 @@ def test_a_step_that_fails_leaves_nothing(where: str, way: Way) -> None:
     assert_same_bits(results(model), expected)
 
 
+class Late(Host):
+    """As a device at its slowest: copies are made when they are waited for, not before.
+
+    It fails where memory that a copy reads or writes was freed before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.asked: list[tuple[weakref.ref[Any], weakref.ref[Any], int]] = []
+        self.made = 0
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+        self.asked += [(storage_of(to), storage_of(source), to.nbytes) for to, source in pairs]
+        return len(self.asked)
+
+    def wait(self, end: Any) -> None:
+        for target, source, size in self.asked[self.made : end]:
+            bytes_of(target)[:size].copy_(bytes_of(source)[:size])
+        self.made = max(self.made, end or 0)
+
+
+def bytes_of(storage: weakref.ref[Any]) -> Tensor:
+    alive = storage()
+    assert alive is not None, "freed while a copy was on its way"
+    return torch.empty(0, dtype=torch.uint8).set_(alive)
+
+
+@both_ways
+@pytest.mark.parametrize("block", [Mixed, Plain])
+def test_every_copy_is_waited_for_while_its_memory_is_there(
+    block: Callable[[], nn.Module], way: Way
+) -> None:
+    model, _ = make(block)
+    expected = [results(model) for _ in range(2)]
+    model, forwards = make(block)
+    forwards.host = late = Late()
+    forwards.use_everywhere(way)
+    for want in expected:
+        assert_same_bits(results(model), want)
+    # A forward that is given up, and a backward, while copies are on their way.
+    loss_of(model, data())
+    with pytest.raises(ValueError, match="given up"):
+        give_up(model)
+    assert late.held_bytes == 0
+    assert late.made == len(late.asked)
+
+
+def give_up(model: nn.Sequential) -> None:
+    def hook(gradient: Tensor) -> None:
+        raise ValueError("given up")
+
+    x = model[0](data())
+    for layer in list(model)[1:]:
+        x.register_hook(hook)
+        x = layer(x)
+    x.sum().backward()
+
+
 class Changes(nn.Module):
     """Changes in place what its backward needs."""
 
