@@ -250,7 +250,9 @@ def within_budget(
         costs = measure_costs(step, forwards, batches)
         least, _ = smallest_peak(costs)
         most = peak_bytes(costs, [0] * len(costs.blocks))
-        limit = (least + most) // 2 if budget == "half" else round(least * 1.03)
+        for choice in costs.blocks[0].choices:
+            print(choice, flush=True)
+        limit = (least + most) // 2 if budget == "half" else round(least * 1.1)
         del costs
     else:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
@@ -263,14 +265,15 @@ def within_budget(
     except PlanError as error:
         print(budget, error, flush=True)
     else:
-        predicted = plan.predicted_bytes
-        seconds = plan.predicted_seconds
+        predicted = plan.predicted_bytes or plan.peak_bytes
+        seconds = plan.seconds
         records.add(
             f"fastft, {budget}",
             lambda: measure_trainer(step, pairs),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=None if predicted is None else round(predicted / GIB, 3),
             predicted_ms=None if seconds is None else round(1e3 * seconds, 2),
+            modelled_ms=round(1e3 * (plan.predicted_seconds or 0), 2) or None,
             planned_in_s=round(time.perf_counter() - began, 1),
             ways=plan.summary(),
         )

@@ -90,7 +90,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         plan_memory(
             config, step, forwards, loader.example, staged, console, resumed=saved is not None
         )
-        capture_step(config, step, loader, staged, console)
+        capture_step(config, step, forwards, loader, staged, console)
         sizes = {source.name: len(source) for source in loader.sources}
         state = TrainingState(task, step, ema, run.device, sizes)
         first = state.restore(saved) if saved else 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from rich.console import Console
 
+from fastft.blocks import BlockForwards
 from fastft.config import RunConfig
 from fastft.data import SourceLoader
 from fastft.graphs.graph import StepGraph
@@ -32,6 +33,7 @@ _TOLERANCE = 1e-3
 def capture_step(
     config: RunConfig,
     step: TrainingStep,
+    forwards: BlockForwards,
     loader: SourceLoader,
     staged: Iterable[str],
     console: Console,
@@ -41,6 +43,7 @@ def capture_step(
     The optimizer's state is dropped after it: restore a checkpoint later.
 
     Args:
+        forwards: how the step's blocks run, as planned.
         loader: of the run; the batches of its first two steps are read.
         staged: parameters that are frozen now and trained later.
     """
@@ -52,6 +55,8 @@ def capture_step(
         return
     if list(staged):
         decision = "not used, because finetune.unfreeze changes what is trained"
+    elif any(forwards.ways[way].offload for way in forwards.chosen.values()):
+        decision = "not used, because the memory plan puts activations on the host"
     else:
         decision = _capture_on_gpu(config, step, loader, console)
     console.print(f"step.cuda_graphs: {decision}", soft_wrap=True)

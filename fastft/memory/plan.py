@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -44,7 +45,16 @@ from fastft.offload import HostMemoryError
 from fastft.step import TrainingStep
 from fastft.task import Batch
 
-_ATTEMPTS = 6
+_ATTEMPTS = 8
+# By how much a plan after one that hit the limit must be smaller: the second, and those after it.
+_FIRST_STEP, _STEP = 0.01, 0.02
+
+
+class Rehearsal(NamedTuple):
+    """What a rehearsed step took, measured."""
+
+    peak_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Plan:
         budget_bytes: what torch's allocator may take.
         ways: block name -> name of a way (see `fastft.blocks`).
         predicted_bytes, predicted_seconds: of a step by the model; None where it was not needed.
-        peak_bytes: highest allocation in a rehearsed step; None where none was rehearsed.
+        peak_bytes, seconds: of a rehearsed step, measured; None where none was rehearsed.
         host_bytes: of activations that wait on the host.
     """
 
@@ -64,6 +74,7 @@ class Plan:
     predicted_bytes: int | None = None
     predicted_seconds: float | None = None
     peak_bytes: int | None = None
+    seconds: float | None = None
     host_bytes: int = 0
 
     def save(self, path: Path) -> None:
@@ -72,14 +83,17 @@ class Plan:
         write_file_atomically(path, lambda temporary: temporary.write_text(text))
 
     def summary(self) -> str:
-        """One line: how many blocks run which way, peak and budget."""
+        """One line: how many blocks run which way, peak and budget, time of a step."""
         counts: dict[str, int] = {}
         for way in self.ways.values():
             counts[way] = counts.get(way, 0) + 1
         blocks = ", ".join(f"{count} x {way}" for way, count in counts.items()) or "no blocks"
         peak = self.peak_bytes or self.predicted_bytes or 0
         line = f"memory plan: {blocks}; peak {peak / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB"
-        return line + (f"; {self.host_bytes / GIB:.2f} GiB on the host" if self.host_bytes else "")
+        if self.host_bytes:
+            line += f"; {self.host_bytes / GIB:.2f} GiB on the host"
+        seconds = self.seconds or self.predicted_seconds
+        return line + (f"; {1e3 * seconds:.0f} ms per step" if seconds else "")
 
 
 def load_plan(path: Path, forwards: BlockForwards) -> Plan:
@@ -203,9 +217,9 @@ def make_plan(
     """
     forwards.use_everywhere(KEEP)
     # There is nothing better than thrashing where no block can recompute.
-    peak = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
-    if peak is not None:
-        return Plan(limit, dict(forwards.chosen), peak_bytes=peak)
+    found = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
+    if found is not None:
+        return Plan(limit, dict(forwards.chosen), None, None, *found)
     if not forwards.blocks:
         raise PlanError(nothing_fits(step, None, batches, limit))
     console.print("memory: keeping everything does not fit; measuring what recomputing costs")
@@ -236,7 +250,7 @@ def _search(
     Keeping the least comes last: it has been rehearsed while it was measured. Returns the corrected
     costs too.
     """
-    room, best = round(limit * (1 - SLACK)), None
+    room, less, best = round(limit * (1 - SLACK)), _FIRST_STEP, None
     tried: list[Mapping[str, str]] = []
     frugal = Solution(tuple(len(block.choices) - 1 for block in costs.blocks), 0, math.inf)
     for attempt in range(_ATTEMPTS + 1):
@@ -251,16 +265,19 @@ def _search(
         tried.append(ways)
         forwards.use(ways)
         predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
-        peak = try_rehearsal(step, batches, limit)
-        if peak is None:
-            room = round(min(room, predicted) * 0.98)
+        found = try_rehearsal(step, batches, limit)
+        if found is None:
+            room, less = round(min(room, predicted) * (1 - less)), _STEP
             continue
-        if best is None or best.predicted_seconds is None or seconds < best.predicted_seconds:
+        if best is None or best.seconds is None or found.seconds < best.seconds:
             # Not `ways`: a block that is never called is not in the costs.
             host = host_bytes(costs, solution.picks)
-            best = Plan(limit, dict(forwards.chosen), predicted, seconds, peak, host)
-        missed = peak - predicted
-        costs = replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
+            best = Plan(limit, dict(forwards.chosen), predicted, seconds, *found, host)
+        costs = replace(
+            costs,
+            fixed_bytes=max(0, costs.fixed_bytes + found.peak_bytes - predicted),
+            other_seconds=costs.other_seconds + found.seconds - seconds,
+        )
     return best, costs
 
 
@@ -274,32 +291,31 @@ def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
 
 def try_rehearsal(
     step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
-) -> int | None:
-    """The peak of the second of two rehearsals, None where a limit was hit, of the host's too.
+) -> Rehearsal | None:
+    """The second of two rehearsals, None where a limit was hit, of the host's too.
 
     Args:
         may_thrash: whether a step fits in which the allocator gave everything back and began again.
     """
     device = step.precision.device
+    seconds, retries = None, 0
     try:
         rehearse(step, batches)
         before = torch.cuda.memory_stats(device)["num_alloc_retries"]
         torch.cuda.reset_peak_memory_stats(device)
-        rehearse(step, batches)
+        with step.rehearsal():
+            seconds = DeviceMeter(device).seconds(lambda: step(0, batches), repeats=1)
+        retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         # Its frames hold the activations.
         error.__traceback__ = None
         # It may have come while the optimizer made its state.
         step.optimizer.forget()
-        fits = False
-    else:
-        retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
-        fits = may_thrash or not retries
     peak = torch.cuda.max_memory_allocated(device)
-    if not fits or peak > limit:
+    if seconds is None or peak > limit or (retries and not may_thrash):
         _clean()
         return None
-    return peak
+    return Rehearsal(peak, seconds)
 
 
 def _clean() -> None:
@@ -349,9 +365,9 @@ def plan_memory(
         held = [example().to(device) for _ in range(config.accumulate)]
     with as_trained_in_the_end(config, step, staged):
         plan = make_plan(step, forwards, held[:2], limit, console)
-    if plan.predicted_seconds is not None:
-        whole = plan.predicted_seconds * len(held) / len(held[:2])
-        plan = replace(plan, predicted_seconds=whole)
+    share = len(held[:2]) / len(held)
+    times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
+    plan = replace(plan, **{k: None if v is None else v / share for k, v in times.items()})
     plan.save(saved)
     console.print(plan.summary())
     return plan

@@ -13,6 +13,7 @@ from fastft.blocks import KEEP, RECOMPUTE
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, PlanError
 from fastft.memory import fit, fit_batch, fitted_before
+from fastft.memory.plan import Rehearsal
 from fastft.runfile import format_run_file, parse
 from fastft.task import Batch
 
@@ -44,10 +45,10 @@ class Device:
         }.items():
             monkeypatch.setattr(fit, name, value)
 
-    def rehearse(self, step: object, batches: Sequence[Batch], limit: int) -> int | None:
+    def rehearse(self, step: object, batches: Sequence[Batch], limit: int) -> Rehearsal | None:
         assert limit == 0.99 * 10**9
         self.tried.append((self.way, batches[0].size, len(batches)))
-        return 1 if batches[0].size <= self.most[self.way] else None
+        return Rehearsal(1, 0.1) if batches[0].size <= self.most[self.way] else None
 
     def open_loader(self, adapter: object, data: Any, **_: Any) -> Any:
         size = data.micro_batch

@@ -16,6 +16,7 @@ from fastft.blocks import EAGER, KEEP, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory import Plan, budget, load_plan, make_plan, plan, plan_memory
+from fastft.memory.plan import Rehearsal
 from fastft.memory.solve import (
     BlockCosts,
     Choice,
@@ -111,13 +112,13 @@ class Device:
 
         def rehearse(
             step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
-        ) -> int | None:
+        ) -> Rehearsal | None:
             assert not may_thrash
             chosen = picks(forwards.chosen)
             peak = self.true_peak(chosen)
             fits = peak <= limit and not self.hits(chosen)
             self.tried.append((chosen, peak if fits else None))
-            return peak if fits else None
+            return Rehearsal(peak, step_seconds(COSTS, chosen)) if fits else None
 
         monkeypatch.setattr(plan, "try_rehearsal", rehearse)
         monkeypatch.setattr(plan, "measure_costs", lambda *_: COSTS)
@@ -309,7 +310,7 @@ def test_blocks_that_were_not_called_are_in_the_plan(
 ) -> None:
     """Or the plan could not be replayed."""
     costs = replace(COSTS, blocks=COSTS.blocks[:-1])
-    peaks = iter([None, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST])
+    peaks = iter([None, *[Rehearsal(LEAST, 0.1)] * 8])
     monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: next(peaks))
     monkeypatch.setattr(plan, "measure_costs", lambda *_: costs)
     one = task()
@@ -321,14 +322,15 @@ def test_blocks_that_were_not_called_are_in_the_plan(
 
 def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
     ways = {f"{i}": WAYS[i % 2] for i in range(BLOCKS)}
-    saved = Plan(80 * 10**9, ways, 79 * 10**9, 0.25, 70 * 2**30)
+    saved = Plan(80 * 10**9, ways, 79 * 10**9, 0.25, 70 * 2**30, 0.3)
     saved.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json", forwards_of(task())) == saved
     assert saved.summary() == (
-        "memory plan: 6 x keep all, 6 x recompute pointwise; peak 70.00 of 74.51 GiB"
+        "memory plan: 6 x keep all, 6 x recompute pointwise; peak 70.00 of 74.51 GiB;"
+        " 300 ms per step"
     )
-    hosted = replace(saved, host_bytes=3 * 2**30)
-    assert hosted.summary() == saved.summary() + "; 3.00 GiB on the host"
+    hosted = replace(saved, seconds=None, host_bytes=3 * 2**30)
+    assert hosted.summary().endswith("of 74.51 GiB; 3.00 GiB on the host; 250 ms per step")
     assert Plan(2**30, {}).summary() == "memory plan: no blocks; peak 0.00 of 1.00 GiB"
 
 
