@@ -1,8 +1,9 @@
 """Times every op of the catalog, Adam and the gradient norm, beside their peers, in one process.
 
-Usage: python -m benchmarks.kernels OUT.jsonl [norms small adam gradient]
+Usage: python -m benchmarks.kernels OUT.jsonl [norms small adam gradient] [--ops layer_norm ...]
 """
 
+import argparse
 import datetime
 import functools
 import gc
@@ -10,8 +11,7 @@ import importlib
 import importlib.util
 import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -107,10 +107,10 @@ def norm_call(case: OpCase, function: Function, dtype: Any, shape: Any, directio
     return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
-def bench_norms(records: Records, rows: int | None) -> None:
+def bench_norms(records: Records, rows: int | None, ops: Sequence[str]) -> None:
     """Large: 2^28 elements. Small: a micro-batch of `rows` rows, replayed from a CUDA graph."""
     for case, columns in itertools.product(CATALOG, COLUMNS):
-        if rows is not None and case.name != "layer_norm":
+        if case.name not in ops or (rows is not None and case.name != "layer_norm"):
             continue
         check(case, columns)
         total = rows or ELEMENTS // columns
@@ -217,14 +217,22 @@ def bench_gradient(records: Records) -> None:
 
 def main() -> None:
     """Each part frees its tensors before the next begins."""
-    out, wanted = Path(sys.argv[1]), set(sys.argv[2:]) or {"norms", "small", "adam", "gradient"}
+    names = [case.name for case in CATALOG]
+    parser = argparse.ArgumentParser(description="Times the kernels beside their peers.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("parts", nargs="*", metavar="part", help="norms, small, adam, gradient")
+    parser.add_argument("--ops", nargs="*", choices=names, default=names, help="of the norms")
+    arguments = parser.parse_args()
     parts: dict[str, Callable[[Records], None]] = {
         "adam": bench_adam,
         "gradient": bench_gradient,
-        "small": lambda records: bench_norms(records, SMALL_ROWS),
-        "norms": lambda records: bench_norms(records, None),
+        "small": lambda records: bench_norms(records, SMALL_ROWS, arguments.ops),
+        "norms": lambda records: bench_norms(records, None, arguments.ops),
     }
-    with out.open("w") as file:
+    wanted = set(arguments.parts) or set(parts)
+    if not wanted <= parts.keys():
+        parser.error(f"parts: must be among {', '.join(parts)}")
+    with arguments.out.open("w") as file:
         records = Records(file)
         for name, part in parts.items():
             if name in wanted:
