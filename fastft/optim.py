@@ -174,15 +174,16 @@ class Optimizer:
         factor = self.lr_factor(step)
         return {group.name: group.lr * factor for group in self.groups}
 
-    def update(self, step: int, divisor: Tensor, skip: Tensor) -> None:
+    def update(self, step: int, divisor: Tensor, skip: Tensor, *, rate: float = 1.0) -> None:
         """One update; nothing changes where `skip` is not 0.
 
         Args:
             step: number of the step, for the schedule.
             divisor: fp32 device scalar; gradients are divided by it first.
             skip: fp32 device scalar, 0 or 1.
+            rate: multiplies the learning rates; at 0 parameters stay, and all the work is done.
         """
-        factor = self.lr_factor(step)
+        factor = rate * self.lr_factor(step)
         for group, settings in zip(self.groups, self._inner.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         if isinstance(self._inner, FusedAdam):

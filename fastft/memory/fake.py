@@ -293,7 +293,7 @@ def estimate_costs(
     state = round(state_bytes(config.optim) * sum(p.numel() for p in parameters))
     held = [torch.empty(state, dtype=torch.uint8)]
 
-    def update(step: int, divisor: Tensor, skip: Tensor) -> None:
+    def update(step: int, divisor: Tensor, skip: Tensor, *, rate: float = 1.0) -> None:
         # Reads gradients; reads and writes weights and state.
         meter.pass_time(3 * weights + 2 * state)
 

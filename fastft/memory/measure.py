@@ -52,6 +52,24 @@ def rehearse(step: TrainingStep, batches: Sequence[Batch]) -> None:
         step(0, batches)
 
 
+def update_seconds(step: TrainingStep, meter: Meter) -> float:
+    """Time of the optimizer's update, whose work a rehearsal skips.
+
+    Parameters stay as they are; the optimizer's state does not (see `Optimizer.forget`).
+    """
+    optimizer, device = step.optimizer, step.precision.device
+    for parameter in optimizer.parameters.values():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+    try:
+        # The first finds gradients at new addresses.
+        optimizer.update(0, one, zero, rate=0.0)
+        return meter.seconds(lambda: optimizer.update(0, one, zero, rate=0.0), repeats=3)
+    finally:
+        optimizer.zero_grad()
+
+
 def differentiates_twice(step: TrainingStep, batches: Sequence[Batch]) -> bool:
     """Rehearses a step and tells whether its loss contains derivatives, as forces are."""
     found: list[bool] = []

@@ -31,6 +31,7 @@ from fastft.memory.measure import (
     measure_blocks,
     measure_rest,
     rehearse,
+    update_seconds,
 )
 from fastft.memory.meter import DeviceMeter
 from fastft.memory.solve import (
@@ -169,7 +170,8 @@ def measure_costs(
             say(f"memory: '{way}' would take more than half of the host's free memory")
             for costs in measured.values():
                 costs.pop(way, None)
-    return assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
+    costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
+    return replace(costs, other_seconds=costs.other_seconds + update_seconds(step, meter))
 
 
 def _menu(
@@ -303,8 +305,10 @@ def try_rehearsal(
         rehearse(step, batches)
         before = torch.cuda.memory_stats(device)["num_alloc_retries"]
         torch.cuda.reset_peak_memory_stats(device)
+        meter = DeviceMeter(device)
         with step.rehearsal():
-            seconds = DeviceMeter(device).seconds(lambda: step(0, batches), repeats=1)
+            seconds = meter.seconds(lambda: step(0, batches), repeats=1)
+        seconds += update_seconds(step, meter)
         retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         # Its frames hold the activations.
@@ -365,9 +369,12 @@ def plan_memory(
         held = [example().to(device) for _ in range(config.accumulate)]
     with as_trained_in_the_end(config, step, staged):
         plan = make_plan(step, forwards, held[:2], limit, console)
-    share = len(held[:2]) / len(held)
-    times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
-    plan = replace(plan, **{k: None if v is None else v / share for k, v in times.items()})
+    if len(held) > 2:
+        # Two were rehearsed, and one update.
+        once = update_seconds(step, DeviceMeter(device))
+        times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
+        times = {k: v and once + (v - once) * len(held) / 2 for k, v in times.items()}
+        plan = replace(plan, **times)
     plan.save(saved)
     console.print(plan.summary())
     return plan

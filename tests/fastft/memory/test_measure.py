@@ -19,6 +19,7 @@ from fastft.memory.measure import (
     measure_blocks,
     measure_rest,
     rehearse,
+    update_seconds,
 )
 from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes, step_seconds
 from fastft.memory.trial import Call
@@ -192,6 +193,23 @@ def test_peaks_of_every_part_are_seen() -> None:
     # Nothing but the model of the peak tells the solver so.
     measured = {name: {"": Choice("", 10, 300, 500, 0.1)} for name in "12"}
     assert peak_bytes(assemble_costs(one.step, rest, measured, 1), (0, 0)) == rest.peak
+
+
+def test_the_update_is_timed_at_full_cost_and_moves_no_parameter() -> None:
+    one = build()
+    update, skips = one.step.optimizer.update, []
+
+    def watched(step: int, divisor: Tensor, skip: Tensor, *, rate: float = 1.0) -> None:
+        skips.append(skip.item())
+        assert all(p.grad is not None for p in one.step.optimizer.parameters.values())
+        update(step, divisor, skip, rate=rate)
+
+    one.step.optimizer.update = watched
+    before = everything(one.model)
+    assert update_seconds(one.step, one.meter) == 0.25
+    assert len(skips) > 1
+    assert set(skips) == {0.0}
+    assert_unchanged(one.model, before)
 
 
 def test_a_second_micro_batch_is_not_the_backward_of_the_stem() -> None:

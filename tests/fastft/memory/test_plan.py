@@ -539,21 +539,26 @@ def test_planning_on_a_gpu(
 def test_micro_batches_on_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two stand for all of them; 'off' plans nothing, and the budget holds all the same."""
     one = task(2)
-    step, sizes = step_of(one), []
+    step, sizes, seconds = step_of(one), [], []
 
     def simulated(step: Any, forwards: Any, batches: Any, *_: Any) -> Plan:
         sizes.append(len(batches))
-        return Plan(1, {})
+        return Plan(1, {}, seconds=0.1 + len(batches))
 
     monkeypatch.setattr(plan, "make_plan", simulated)
+    # Of the time of a step, what the optimizer takes once, however many micro-batches there are.
+    monkeypatch.setattr(plan, "update_seconds", lambda *_: 0.1)
     monkeypatch.setattr(step, "precision", replace(step.precision, device=CUDA))
     for accumulate in (1, 2, 5):
         config = make_config(tmp_path)
         config = replace(config, step=replace(config.step, accumulate=accumulate))
-        plan_memory(
+        found = plan_memory(
             config, step, forwards_of(one), lambda: Batch({}, 8), (), quiet(), resumed=False
         )
+        assert found is not None
+        seconds.append(found.seconds)
     assert sizes == [1, 2, 2]
+    assert seconds == pytest.approx([1.1, 2.1, 5.1])
     assert set(gpu.enforced) == {80 * 10**9}
     config = make_config(tmp_path, plan="off", budget="22GB")
     off = plan_memory(
