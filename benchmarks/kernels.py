@@ -1,6 +1,7 @@
 """Times every op of the catalog, Adam and the gradient norm, beside their peers, in one process.
 
-Usage: python -m benchmarks.kernels OUT.jsonl [norms small adam gradient] [--ops layer_norm ...]
+Usage: python -m benchmarks.kernels OUT.jsonl [norms small adam gradient]
+    [--ops layer_norm ...] [--columns 8192 ...]
 """
 
 import argparse
@@ -107,9 +108,11 @@ def norm_call(case: OpCase, function: Function, dtype: Any, shape: Any, directio
     return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
-def bench_norms(records: Records, rows: int | None, ops: Sequence[str]) -> None:
+def bench_norms(
+    records: Records, rows: int | None, ops: Sequence[str], widths: Sequence[int]
+) -> None:
     """Large: 2^28 elements. Small: a micro-batch of `rows` rows, replayed from a CUDA graph."""
-    for case, columns in itertools.product(CATALOG, COLUMNS):
+    for case, columns in itertools.product(CATALOG, widths):
         if case.name not in ops or (rows is not None and case.name != "layer_norm"):
             continue
         check(case, columns)
@@ -222,12 +225,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", nargs="*", metavar="part", help="norms, small, adam, gradient")
     parser.add_argument("--ops", nargs="*", choices=names, default=names, help="of the norms")
+    parser.add_argument("--columns", nargs="*", type=int, default=COLUMNS, help="of the norms")
     arguments = parser.parse_args()
+    chosen = arguments.ops, arguments.columns
     parts: dict[str, Callable[[Records], None]] = {
         "adam": bench_adam,
         "gradient": bench_gradient,
-        "small": lambda records: bench_norms(records, SMALL_ROWS, arguments.ops),
-        "norms": lambda records: bench_norms(records, None, arguments.ops),
+        "small": lambda records: bench_norms(records, SMALL_ROWS, *chosen),
+        "norms": lambda records: bench_norms(records, None, *chosen),
     }
     wanted = set(arguments.parts) or set(parts)
     if not wanted <= parts.keys():
