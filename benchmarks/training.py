@@ -4,8 +4,8 @@ Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB half least] 
 
 For each budget: the plan, the peak that it predicts, the peak and time that were measured with the
 budget enforced, and the loss and gradient norm of the same batches, which nothing may change.
-`half` lies half-way between recomputing everything and keeping everything. Peers are what a user
-writes in plain PyTorch; the sweep sets the trainer's blocks by hand: full checkpointing, every
+`half` lies half-way between recomputing and keeping everything, `least` a tenth above the least
+peak. Peers are what a user writes in plain PyTorch; the sweep sets the trainer's blocks by hand: full checkpointing, every
 second and fourth block, and ten values of torch's activation_memory_budget.
 """
 
@@ -43,7 +43,7 @@ from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.plan import make_plan, measure_costs
-from fastft.memory.solve import peak_bytes, smallest_peak
+from fastft.memory.solve import peak_bytes
 from fastft.profiling.flops import peak_flops
 from fastft.runtime import environment
 from fastft.step import TrainingStep
@@ -251,12 +251,12 @@ def within_budget(
     """Plans and measures with the budget enforced."""
     batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in pairs[:1]]
     if budget in ("half", "least"):
-        costs = measure_costs(step, forwards, batches)
-        least, _ = smallest_peak(costs)
+        costs = measure_costs(step, forwards, batches, offload=budget == "least")
+        least = peak_bytes(costs, [len(block.choices) - 1 for block in costs.blocks])
         most = peak_bytes(costs, [0] * len(costs.blocks))
+        limit = (least + most) // 2 if budget == "half" else round(least * 1.1)
         for choice in costs.blocks[0].choices:
             print(choice, flush=True)
-        limit = (least + most) // 2 if budget == "half" else round(least * 1.1)
         del costs
     else:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
@@ -292,15 +292,18 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="*", default=["80GB", "half", "40GB", "24GB", "least"])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--layer-norm", choices=["torch", "fused"], default="torch")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES)
     arguments = parser.parse_args()
     case = CASES[arguments.case]()
     pairs = case.make_batches()
-    records = Records(arguments.case, case.samples, case.flops, arguments.out)
+    name = arguments.case + (", fused norms" if arguments.layer_norm == "fused" else "")
+    records = Records(name, case.samples, case.flops, arguments.out)
     for name, options in PEERS.items() if arguments.peers else ():
         records.add(name, lambda options=options: measure_plain(case, pairs, **options))
     torch._dynamo.reset()
     settings = {"precision": PRECISION, "compile": case.compile}
+    settings["layer_norm"] = arguments.layer_norm
     step, forwards = trainer_step(case.task(), DEVICE, OPTIM, clip_norm=CLIP, **settings)
     for name in sweep(forwards, arguments.shares) if arguments.sweep else ():
         records.add(name, lambda: measure_trainer(step, pairs))

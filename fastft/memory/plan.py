@@ -139,18 +139,21 @@ def measure_costs(
     forwards: BlockForwards,
     batches: Sequence[Batch],
     say: Callable[[str], object] = lambda text: None,
+    *,
+    offload: bool = True,
 ) -> StepCosts:
     """The whole menu, measured on the device; leaves every block keeping the least.
 
     Args:
         say: told of ways that a block cannot run.
+        offload: with the ways that use the host's memory, which takes seconds to be pinned.
 
     Raises:
         PlanError: a block cannot be run a second time.
     """
     try:
         # The first step compiles, makes the optimizer's state and the workspaces of libraries.
-        names = _menu(step, forwards, batches, say)
+        names = _menu(step, forwards, batches, say, offload)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -179,20 +182,24 @@ def _menu(
     forwards: BlockForwards,
     batches: Sequence[Batch],
     say: Callable[[str], object],
+    offload: bool,
 ) -> list[str]:
     """Rehearses a step and names the ways to measure; the last is in use.
 
     Ways that offload are left out where the inputs of blocks are too small for it, or too large.
     """
-    forwards.use_everywhere(LEAST)
     twice = None
-    with contextlib.suppress(HostMemoryError):
-        twice = differentiates_twice(step, batches)
-    if twice is False and forwards.host.pinned_bytes:
-        return list(forwards.ways)
+    if offload:
+        forwards.use_everywhere(LEAST)
+        try:
+            twice = differentiates_twice(step, batches)
+        except HostMemoryError:
+            inputs = "the inputs of all blocks"
+            say(f"memory: {inputs} would take more than half of the host's free memory")
+        if twice is False and forwards.host.pinned_bytes:
+            return list(forwards.ways)
     forwards.use_everywhere(RECOMPUTE)
     if twice is None:
-        say("memory: the inputs of all blocks would take more than half of the host's free memory")
         twice = differentiates_twice(step, batches)
     if twice:
         return [KEEP.name, RECOMPUTE.name]
@@ -225,19 +232,23 @@ def make_plan(
     if not forwards.blocks:
         raise PlanError(nothing_fits(step, None, batches, limit))
     console.print("memory: keeping everything does not fit; measuring what recomputing costs")
-    _clean()
-    try:
-        costs = measure_costs(step, forwards, batches, console.print)
-    except torch.OutOfMemoryError as error:
-        raise PlanError(nothing_fits(step, None, batches, limit)) from error.with_traceback(None)
-    called = {block.name for block in costs.blocks}
-    # Nothing is known of a block that the model does not call as a module.
-    forwards.use({name: KEEP.name for name in forwards.blocks if name not in called})
-    best, costs = _search(step, forwards, batches, limit, costs)
-    if best is None:
-        raise PlanError(nothing_fits(step, costs, batches, limit))
-    forwards.use(best.ways)
-    return best
+    for offload in (False, True):
+        _clean()
+        costs = best = None
+        # Its frames hold activations, so nothing is done in a handler.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            costs = measure_costs(step, forwards, batches, console.print, offload=offload)
+        if costs is not None:
+            called = {block.name for block in costs.blocks}
+            # Nothing is known of a block that the model does not call as a module.
+            forwards.use({name: KEEP.name for name in forwards.blocks if name not in called})
+            best, costs = _search(step, forwards, batches, limit, costs)
+        if best is not None:
+            forwards.use(best.ways)
+            return best
+        if not offload:
+            console.print("memory: recomputing does not suffice; measuring with the host's memory")
+    raise PlanError(nothing_fits(step, costs, batches, limit))
 
 
 def _search(
@@ -253,6 +264,8 @@ def _search(
     costs too.
     """
     room, less, best = round(limit * (1 - SLACK)), _FIRST_STEP, None
+    # The least that hit the limit.
+    failed = math.inf
     tried: list[Mapping[str, str]] = []
     frugal = Solution(tuple(len(block.choices) - 1 for block in costs.blocks), 0, math.inf)
     for attempt in range(_ATTEMPTS + 1):
@@ -269,17 +282,22 @@ def _search(
         predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
         found = try_rehearsal(step, batches, limit)
         if found is None:
+            failed = min(failed, predicted)
             room, less = round(min(room, predicted) * (1 - less)), _STEP
             continue
         if best is None or best.seconds is None or found.seconds < best.seconds:
             # Not `ways`: a block that is never called is not in the costs.
             host = host_bytes(costs, solution.picks)
             best = Plan(limit, dict(forwards.chosen), predicted, seconds, *found, host)
+        missed = found.peak_bytes - predicted
         costs = replace(
             costs,
-            fixed_bytes=max(0, costs.fixed_bytes + found.peak_bytes - predicted),
+            fixed_bytes=max(0, costs.fixed_bytes + missed),
             other_seconds=costs.other_seconds + found.seconds - seconds,
         )
+        failed += missed
+        if failed < math.inf:
+            room = round((found.peak_bytes + failed) / 2)
     return best, costs
 
 

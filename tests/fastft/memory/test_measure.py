@@ -183,9 +183,9 @@ def test_peaks_of_every_part_are_seen() -> None:
     one = build()
     update = one.step.optimizer.update
 
-    def costly(step: int, divisor: Tensor, skip: Tensor) -> None:
+    def costly(step: int, divisor: Tensor, skip: Tensor, *, rate: float = 1.0) -> None:
         one.meter.touch(10**6)
-        update(step, divisor, skip)
+        update(step, divisor, skip, rate=rate)
 
     one.step.optimizer.update = costly
     rest = measure_rest(one.step, [make_batch()], one.meter)

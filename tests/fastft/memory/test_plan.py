@@ -121,7 +121,7 @@ class Device:
             return Rehearsal(peak, step_seconds(COSTS, chosen)) if fits else None
 
         monkeypatch.setattr(plan, "try_rehearsal", rehearse)
-        monkeypatch.setattr(plan, "measure_costs", lambda *_: COSTS)
+        monkeypatch.setattr(plan, "measure_costs", lambda *_, **__: COSTS)
         found = make_plan(step_of(one), forwards, [Batch({}, 8)], limit, quiet())
         chosen = picks(found.ways)
         assert forwards.chosen == found.ways
@@ -207,7 +207,7 @@ def test_the_fastest_of_the_plans_that_fit_is_taken(monkeypatch: pytest.MonkeyPa
 
 
 def test_everything_is_kept_where_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "measure_costs", lambda *_: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(plan, "measure_costs", lambda *_, **__: pytest.fail("measured for nothing"))
     device = Device()
     with monkeypatch.context() as patched:
         found = device.make_plan(MOST, patched)
@@ -295,7 +295,7 @@ def test_weights_and_gradients_in_the_message(monkeypatch: pytest.MonkeyPatch) -
 def test_measuring_that_hits_the_limit_is_an_error_with_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: None)
@@ -312,7 +312,7 @@ def test_blocks_that_were_not_called_are_in_the_plan(
     costs = replace(COSTS, blocks=COSTS.blocks[:-1])
     peaks = iter([None, *[Rehearsal(LEAST, 0.1)] * 8])
     monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: next(peaks))
-    monkeypatch.setattr(plan, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(plan, "measure_costs", lambda *_, **__: costs)
     one = task()
     forwards = forwards_of(one)
     found = make_plan(step_of(one), forwards, [Batch({}, 8)], limit_at(0.5), quiet())
