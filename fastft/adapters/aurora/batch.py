@@ -13,6 +13,7 @@ import aurora
 import torch
 from torch import Tensor
 
+from fastft.adapters.aurora.forward import CheckedMetadata, DeviceBatch
 from fastft.adapters.aurora.variables import Variables
 from fastft.errors import DataError, nearest
 from fastft.task import Sample
@@ -69,13 +70,13 @@ def collate(
     }
 
 
-def first_state(data: Mapping[str, Any]) -> aurora.Batch:
+def first_state(data: Mapping[str, Any]) -> DeviceBatch:
     """What the model starts from."""
-    return aurora.Batch(
+    return DeviceBatch(
         surf_vars=dict(data["surf"]),
         static_vars=dict(data["static"]),
         atmos_vars=dict(data["atmos"]),
-        metadata=aurora.Metadata(
+        metadata=CheckedMetadata(
             lat=data["lat"],
             lon=data["lon"],
             # With a zone: the model embeds the timestamp, which else depends on the machine's zone.
@@ -97,6 +98,11 @@ def _grid_problems(
             f" one more; got {height} x {width}; crop or interpolate"
         )
     shared = {name: [_tensor(sample[name]) for sample in samples] for name in ("lat", "lon")}
+    try:
+        aurora.Metadata(shared["lat"][0], shared["lon"][0], time=(), atmos_levels=())
+    except ValueError as error:
+        got = str(error).rstrip(".")
+        yield f"lat, lon: must be a grid as Aurora's; got another: {got}; sort rows and columns"
     for name in static:
         fields = [s["static"][name] for s in samples if name in s["static"]]
         shared[f"static.{name}"] = [_tensor(field) for field in fields]

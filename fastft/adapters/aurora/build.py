@@ -12,6 +12,7 @@ import torch
 from aurora.model import swin3d
 from torch import Tensor, nn
 
+from fastft.adapters.aurora.forward import remove_waits
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.variables import Variables, resolve_variables
 from fastft.errors import AdapterError, ConfigError, nearest
@@ -147,6 +148,7 @@ def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
             for name, parameter in new_parameters(model, variables).items():
                 if name.startswith("encoder."):
                     parameter.zero_()
+    remove_waits(model)
     if options.autocast == "backbone":
         _keep_out_of_autocast(model.encoder)
         _keep_out_of_autocast(model.decoder)
@@ -216,7 +218,7 @@ def _keep_out_of_autocast(module: nn.Module) -> None:
     aurora's own switches would do the same, but they choose a GPU where there is one, even for a
     model on the CPU, and compiled blocks would be autocast twice.
     """
-    forward = type(module).forward
+    forward = cast(Any, module.forward).__func__
 
     def run(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         weight = next(self.parameters())

@@ -21,6 +21,7 @@ from aurora.rollout import _advance_batch
 from torch import Tensor, nn
 
 from fastft.adapters.aurora.batch import first_state
+from fastft.adapters.aurora.forward import constant
 from fastft.adapters.aurora.options import LOSS_WEIGHTS, AuroraLossOptions
 from fastft.adapters.aurora.variables import Variables
 from fastft.errors import ConfigError, nearest
@@ -117,7 +118,8 @@ class AuroraLoss:
             statistics = self._variables.levels[name]
             scales = [statistics[level_to_str(level)].scale for level in levels]
             by_level = difference.mean((0, 2, 3))
-            errors[name] = (by_level / by_level.new_tensor(scales)).mean()
+            scale = constant(scales, by_level.dtype, by_level.device)
+            errors[name] = (by_level / scale).mean()
         return errors
 
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:

@@ -79,7 +79,8 @@ class AuroraOptions:
         ),
     ] = None
     levels: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...],
+        # Upstream's embedding of levels ends there.
+        tuple[Annotated[int, Field(ge=1, le=100_000)], ...],
         Field(min_length=1, description="Pressure levels of the data in hPa."),
     ] = LEVELS
     new_embeddings: Annotated[

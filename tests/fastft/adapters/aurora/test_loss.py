@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from upstream_aurora import upstream_batch
 
 from fastft.errors import ConfigError, DataError
 from fastft.task import Batch
@@ -19,25 +19,6 @@ from fastft.task import Batch
 # Supplement D, typed anew.
 PAPER = {"msl": 1.5, "10u": 0.77, "10v": 0.66, "2t": 3.0}
 PAPER |= {"z": 2.8, "q": 0.78, "t": 1.7, "u": 0.87, "v": 0.6}
-
-
-def upstream_batch(samples: list[Any]) -> aurora.Batch:
-    def stack(kind: str) -> dict[str, torch.Tensor]:
-        names = samples[0][kind]
-        return {n: torch.stack([torch.tensor(s[kind][n]) for s in samples]) for n in names}
-
-    first = samples[0]
-    return aurora.Batch(
-        surf_vars=stack("surf"),
-        static_vars={name: torch.tensor(field) for name, field in first["static"].items()},
-        atmos_vars=stack("atmos"),
-        metadata=aurora.Metadata(
-            lat=torch.tensor(first["lat"]),
-            lon=torch.tensor(first["lon"]),
-            time=tuple(datetime.fromtimestamp(int(s["time"]), UTC) for s in samples),
-            atmos_levels=tuple(first["levels"]),
-        ),
-    )
 
 
 def normalised(model: Any, predicted: aurora.Batch, samples: list[Any], step: int) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,9 +10,9 @@ import aurora
 import pytest
 import torch
 from aurora import normalisation
+from upstream_aurora import upstream_batch, upstream_model
 
 from fastft.adapters.aurora import checkpoint
-from fastft.adapters.aurora.batch import first_state
 from fastft.checkpoint import Weights, load_weights
 from fastft.config import ModelConfig, NewHead
 from fastft.errors import AdapterError, CheckpointError, ConfigError
@@ -27,10 +26,6 @@ def predict(task: Any, adapter: Any, samples: Any) -> dict[str, torch.Tensor]:
     task.model.eval()
     with torch.no_grad():
         return task.loss(task.model, Batch(adapter.collate(samples), len(samples))).predictions
-
-
-def tuples(value: Any) -> Any:
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def numbered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,20 +70,12 @@ def test_upstream_reads_what_is_saved(
         for level, statistics in levels.items():
             normalisation.locations[f"{variable}_{level}"] = statistics["location"]
             normalisation.scales[f"{variable}_{level}"] = statistics["scale"]
-    names = ("surf_vars", "static_vars", "atmos_vars")
-    with pytest.warns(UserWarning, match="manually adjusted"):
-        model = getattr(aurora, record["model_class"])(
-            **{name: tuple(record[name]) for name in names},
-            surf_stats={name: tuple(pair) for name, pair in record["surf_stats"].items()},
-            stabilise_level_agg=record["stabilise_level_agg"],
-            timestep=timedelta(hours=record["timestep_hours"]),
-            **tuples_of(record["arguments"]),
-        )
+    model = upstream_model(record)
     model.load_checkpoint_local(str(tmp_path / "model.ckpt"), strict=True)
     task.model.eval()
     model.eval()
     with torch.no_grad():
-        state = adapter_batch(adapter, samples)
+        state = upstream_batch(samples)
         theirs = next(aurora.rollout(model, state, 1))
     for name, value in {**theirs.surf_vars, **theirs.atmos_vars}.items():
         assert torch.equal(value, ours[name]), name
@@ -102,14 +89,6 @@ def test_upstream_reads_what_is_saved(
     assert (rows["encoder blocks"], rows["decoder blocks"]) == ("2, 1", "1, 2")
     assert rows["LoRA"] == "yes"
     assert adapter.describe(tmp_path / "model.ckpt.json") is None
-
-
-def tuples_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuples(value) for name, value in arguments.items()}
-
-
-def adapter_batch(adapter: Any, samples: Any) -> aurora.Batch:
-    return first_state(adapter.collate(samples))
 
 
 def test_what_upstream_could_not_read(tmp_path: Path, make_adapter: Any, build: Any) -> None:
