@@ -26,7 +26,7 @@ from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.config import DataSource
-from fastft.errors import ConfigError
+from fastft.errors import ConfigError, nearest
 from fastft.task import (
     Criterion,
     DataCheck,
@@ -56,7 +56,16 @@ class AuroraAdapter:
         # Both raise ConfigError; before data are opened.
         constructor_arguments(options)
         self.variables = make_variables(options)
-        self.checks: Sequence[DataCheck] = weather_checks(self.variables.locations())
+        predicted = [*self.variables.surf, *self.variables.atmos]
+        if wrong := [name for name in options.masked if name not in predicted]:
+            raise ConfigError(
+                f"model.options.masked: '{name}' must be a predicted variable; it is"
+                f" none{nearest(name, predicted)}"
+                for name in wrong
+            )
+        self.checks: Sequence[DataCheck] = weather_checks(
+            self.variables.locations(), options.masked
+        )
 
     @classmethod
     def statistics(cls, options: AuroraOptions, sources: Sequence[DataSource], most: int) -> str:
@@ -88,7 +97,7 @@ class AuroraAdapter:
             )
         options, variables = self.options, self.variables
         repeats = steps_matter(options, options.rollout_steps)
-        loss = AuroraLoss(options.loss, variables, steps_matter=repeats)
+        loss = AuroraLoss(options.loss, variables, masked=options.masked, steps_matter=repeats)
         model = build_model(options, variables)
         if options.hub and pretrained:
             load_hub(model, options, variables)
@@ -125,6 +134,7 @@ class AuroraAdapter:
             levels=self.options.levels,
             steps=self.options.rollout_steps,
             patch_size=argument(self.options, "patch_size"),
+            masked=self.options.masked,
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:

@@ -26,6 +26,7 @@ def collate(
     levels: Sequence[int],
     steps: int,
     patch_size: int,
+    masked: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One batch of samples on one grid, the last row cut off where upstream would cut it off.
 
@@ -35,6 +36,7 @@ def collate(
         levels: in hPa, of every sample.
         steps: R, the targets of every sample.
         patch_size: the model's.
+        masked: variables whose inputs are filled with their locations where they are NaN.
 
     Raises:
         DataError: with every problem: variables, levels or shapes that are not the model's, grids
@@ -57,9 +59,13 @@ def collate(
             for name in kinds[kind]
         }
 
+    history = {kind: stacked(kind) for kind in ("surf", "atmos")}
+    for fields in history.values():
+        for name in set(fields) & set(masked):
+            location = torch.tensor(variables.location(name, levels))
+            fields[name] = torch.where(fields[name].isnan(), location, fields[name])
     return {
-        "surf": stacked("surf"),
-        "atmos": stacked("atmos"),
+        **history,
         "static": {name: _tensor(first["static"][name])[:rows] for name in variables.static},
         "lat": _tensor(first["lat"])[:rows],
         "lon": _tensor(first["lon"]),

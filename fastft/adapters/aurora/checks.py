@@ -45,7 +45,9 @@ class Content:
     Attributes:
         levels: of its channels; None: a surface variable.
         moments: of the last history steps.
-        values, bad, bad_sea, bad_land: of all steps: numbers, and those that are not finite.
+        values, bad, bad_sea, bad_land: of all steps: numbers, and those that are not finite; of a
+            masked variable those that are infinite.
+        missing: of a masked variable, NaN.
         flat: samples in which a channel is one value, with the first.
         first_bad: sample with the first number that is not finite.
     """
@@ -56,6 +58,7 @@ class Content:
     bad: int = 0
     bad_sea: int = 0
     bad_land: int = 0
+    missing: int = 0
     flat: list[int] = field(default_factory=list)
     first_bad: int = -1
 
@@ -102,7 +105,7 @@ def weather_checks(
 
     def surveys(data: CheckData) -> list[Survey]:
         if not last or last[0][0] is not data:
-            last[:] = [(data, survey(data))]
+            last[:] = [(data, survey(data, masked))]
         return last[0][1]
 
     def bind(check: "_Check") -> DataCheck:
@@ -110,9 +113,7 @@ def weather_checks(
         def bound(data: CheckData) -> Iterator[Finding]:
             locations = aurora_locations() | dict(statistics or {})
             for found in surveys(data):
-                for finding in check(found, locations):
-                    if not (check is missing_values and finding.where.split(": ")[-1] in masked):
-                        yield finding
+                yield from check(found, locations)
 
         return bound
 
@@ -125,18 +126,18 @@ def aurora_locations() -> dict[str, tuple[float, float]]:
     return {n: (loc, scales[n]) for n, loc in normalisation.locations.items() if n in scales}
 
 
-def survey(data: CheckData) -> list[Survey]:
+def survey(data: CheckData, masked: Sequence[str] = ()) -> list[Survey]:
     """Reads all samples of all data sets."""
     surveys = []
     for name, split, samples in data.sources:
         found = Survey(f"{name} ({split})")
         for index, sample in enumerate(samples):
-            _add(found, index, sample)
+            _add(found, index, sample, masked)
         surveys.append(found)
     return surveys
 
 
-def _add(found: Survey, index: int, sample: Mapping[str, Any]) -> None:
+def _add(found: Survey, index: int, sample: Mapping[str, Any], masked: Sequence[str]) -> None:
     found.samples += 1
     found.origin = found.origin or sample.get("origin")
     found.static = found.static or {n: np.asarray(v) for n, v in sample["static"].items()}
@@ -157,7 +158,8 @@ def _add(found: Survey, index: int, sample: Mapping[str, Any]) -> None:
                 content.flat.append(index)
             for array in steps:
                 content.values += array.size
-                bad = ~np.isfinite(array)
+                bad = np.isinf(array) if name in masked else ~np.isfinite(array)
+                content.missing += int(np.isnan(array).sum()) if name in masked else 0
                 if not bad.any():
                     continue
                 content.first_bad = index if content.first_bad < 0 else content.first_bad
@@ -237,6 +239,16 @@ def missing_hours(found: Survey, locations: Locations) -> Iterator[Finding]:
 def missing_values(found: Survey, locations: Locations) -> Iterator[Finding]:
     """NaN and infinite values, which make the loss NaN."""
     for name, content in found.variables.items():
+        if content.missing and content.missing == content.values:
+            yield Finding(
+                check="missing-values",
+                severity="error",
+                where=f"{found.where}: {name}",
+                what="a masked variable must have values somewhere; got NaN alone",
+                count=content.missing,
+                example=f"{found.samples} samples",
+                advice="check the file, or leave the variable out",
+            )
         if not content.bad:
             continue
         place = ""
@@ -253,7 +265,8 @@ def missing_values(found: Survey, locations: Locations) -> Iterator[Finding]:
             f" ({share:.2%}{place})",
             count=content.bad,
             example=f"sample {content.first_bad}",
-            advice="fill them, with the variable's mean for instance"
+            advice="name the variable in model.options.masked, so that they do not count, or fill"
+            " them"
             if place
             else "repair the files, or leave these times out with options.start and options.end",
         )

@@ -5,12 +5,14 @@ Bodnar et al. 2024 (arXiv 2405.13063), Supplement D:
     L = gamma / (V_S + V_A) * (alpha * sum_k w_k mean|dS_k| + beta * sum_k w_k mean|dA_k|)
 
 with the differences d of normalised variables, means over all points and levels, and V_S and V_A
-the numbers of surface and atmospheric variables. Points are not weighted by their area.
+the numbers of surface and atmospheric variables. Points are not weighted by their area. Where a
+masked variable's target is NaN, the point does not count in its mean; a batch without any target
+of the variable gives 0.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,6 +40,7 @@ class AuroraLoss:
     Args:
         options: weights.
         variables: the run's.
+        masked: those whose targets may be NaN.
         steps_matter: whether the model depends on the number of the roll-out step. Where it does
             not, it is told none: compiled blocks are compiled anew for each.
 
@@ -46,9 +49,15 @@ class AuroraLoss:
     """
 
     def __init__(
-        self, options: AuroraLossOptions, variables: Variables, *, steps_matter: bool
+        self,
+        options: AuroraLossOptions,
+        variables: Variables,
+        *,
+        masked: Sequence[str] = (),
+        steps_matter: bool,
     ) -> None:
         self._variables, self._steps_matter = variables, steps_matter
+        self._masked = frozenset(masked)
         self._pushforward = options.pushforward
         predicted = [*variables.surf, *variables.atmos]
         problems = [
@@ -111,16 +120,27 @@ class AuroraLoss:
         """
         errors = {}
         for name in self._variables.surf:
-            difference = (predicted[name][:, 0] - targets[name][:, step]).abs()
-            errors[name] = difference.mean() / self._variables.statistics[name].scale
+            pair = predicted[name][:, 0], targets[name][:, step]
+            scale = self._variables.statistics[name].scale
+            errors[name] = self._mean(name, *pair, (0, 1, 2)) / scale
         for name in self._variables.atmos:
-            difference = (predicted[name][:, 0] - targets[name][:, step]).abs()
+            pair = predicted[name][:, 0], targets[name][:, step]
             statistics = self._variables.levels[name]
             scales = [statistics[level_to_str(level)].scale for level in levels]
-            by_level = difference.mean((0, 2, 3))
-            scale = constant(scales, by_level.dtype, by_level.device)
-            errors[name] = (by_level / scale).mean()
+            by_level = self._mean(name, *pair, (0, 2, 3))
+            errors[name] = (by_level / constant(scales, by_level.dtype, by_level.device)).mean()
         return errors
+
+    def _mean(self, name: str, predicted: Tensor, target: Tensor, over: tuple[int, ...]) -> Tensor:
+        """Mean absolute difference over some dimensions; those that are left count by points."""
+        difference = predicted - target
+        if name not in self._masked:
+            return difference.abs().mean(over)
+        present = ~target.isnan()
+        # Before the absolute value, whose gradient would be NaN times 0.
+        total = torch.where(present, difference, 0).abs().sum(over)
+        # Over the mean number of points: the mean over levels is then that over all points.
+        return total / present.sum(over).to(total.dtype).mean().clamp(min=1e-6)
 
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._coefficients[n] * error for n, error in errors.items()]).sum()

@@ -83,6 +83,13 @@ class AuroraOptions:
         tuple[Annotated[int, Field(ge=1, le=100_000)], ...],
         Field(min_length=1, description="Pressure levels of the data in hPa."),
     ] = LEVELS
+    masked: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Predicted variables that are NaN in places, as over land: targets that"
+            " are do not count, inputs are filled with the variable's location."
+        ),
+    ] = ()
     new_embeddings: Annotated[
         Literal["zero", "random"],
         Field(

@@ -61,6 +61,13 @@ class Variables:
         }
         return {name: self.statistics[name] for name in self.surf} | levels
 
+    def location(self, name: str, levels: Sequence[int]) -> float | list[list[list[float]]]:
+        """Of a surface variable, or of an atmospheric one as `[C, 1, 1]`."""
+        if name in self.surf:
+            return self.statistics[name].location
+        statistics = self.levels[name]
+        return [[[statistics[level_to_str(level)].location]] for level in levels]
+
     def register(self) -> None:
         """Makes the atmospheric statistics known to aurora, in this process; may be repeated.
 

@@ -160,6 +160,18 @@ def test_missing_values(columns: slice, place: str) -> None:
     assert findings(changed("surf", "2t", fault), masked=["2t"]) == []
 
 
+def test_masked_variables() -> None:
+    """Their NaN are no fault; infinities are, and so is NaN alone."""
+    samples = changed("surf", "2t", lambda values: np.where(values > 280, np.nan, values))
+    samples[1]["target_surf"]["2t"][0, 0, :2] = np.inf
+    (finding,) = findings(samples, masked=["2t"])
+    assert (finding.check, finding.count, finding.example) == ("missing-values", 2, "sample 1")
+    samples = changed("atmos", "u", lambda values: np.full_like(values, np.nan))
+    (finding,) = findings(samples, masked=["u"])
+    assert (finding.where, finding.severity) == ("era5 (train): u", "error")
+    assert finding.what == "a masked variable must have values somewhere; got NaN alone"
+
+
 def test_a_missing_value_anywhere() -> None:
     samples = copy.deepcopy(make_samples())
     samples[2]["target_atmos"]["u"][0, 1, 2, 3] = np.inf
