@@ -16,6 +16,7 @@ from fastft.adapters.aurora.build import (
     constructor_arguments,
     heads,
     make_variables,
+    make_variant,
     steps_matter,
     timestep_hours,
 )
@@ -26,7 +27,7 @@ from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.config import DataSource
-from fastft.errors import ConfigError, nearest
+from fastft.errors import ConfigError
 from fastft.task import (
     Criterion,
     DataCheck,
@@ -40,7 +41,7 @@ from fastft.task import (
 
 
 class AuroraAdapter:
-    """Aurora's classes for weather, with the paper's loss.
+    """Aurora's classes, with the paper's loss.
 
     Precision: the trainer's autocast is around the loss, and upstream's own switches stay off. With
     `autocast = "backbone"`, encoder and decoder are kept out of it, as in upstream's recipe.
@@ -56,15 +57,9 @@ class AuroraAdapter:
         # Both raise ConfigError; before data are opened.
         constructor_arguments(options)
         self.variables = make_variables(options)
-        predicted = [*self.variables.surf, *self.variables.atmos]
-        if wrong := [name for name in options.masked if name not in predicted]:
-            raise ConfigError(
-                f"model.options.masked: '{name}' must be a predicted variable; it is"
-                f" none{nearest(name, predicted)}"
-                for name in wrong
-            )
+        self.variant = make_variant(options, self.variables)
         self.checks: Sequence[DataCheck] = weather_checks(
-            self.variables.locations(), options.masked
+            self.variables.locations(), [*options.masked, *self.variant.absent]
         )
 
     @classmethod
@@ -97,23 +92,24 @@ class AuroraAdapter:
             )
         options, variables = self.options, self.variables
         repeats = steps_matter(options, options.rollout_steps)
-        loss = AuroraLoss(options.loss, variables, masked=options.masked, steps_matter=repeats)
+        loss = AuroraLoss(options.loss, self.variant, steps_matter=repeats)
         model = build_model(options, variables)
+        self.variant.attach(model)
         if options.hub and pretrained:
             load_hub(model, options, variables)
         model.to(device)
         return Task(model=model, loss=loss, blocks=blocks(model), heads=heads(model, variables))
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
-        """As upstream converts them; None for fastft's own folders, which the core reads."""
-        return read_weights(path, argument(self.options, "max_history_size"))
+        """As the class converts them; None for fastft's own folders, which the core reads."""
+        return read_weights(path, self.options)
 
     def dataset(self, source: DataSource, split: Split) -> Dataset:
         """netCDF files or a Zarr store."""
         return open_weather(
             source,
             split,
-            surf_vars=self.variables.surf,
+            surf_vars=self.variant.reads,
             static_vars=self.variables.static,
             atmos_vars=self.variables.atmos,
             levels=self.options.levels,
@@ -123,18 +119,17 @@ class AuroraAdapter:
         )
 
     def transform(self, sample: Sample, split: Split) -> Sample:
-        """Samples are as the model takes them."""
-        return sample
+        """What the class derives from the files' variables."""
+        return self.variant.transform(sample, timestep_hours(self.options))
 
     def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """See `fastft.adapters.aurora.batch`."""
         return collate(
             samples,
-            self.variables,
+            self.variant,
             levels=self.options.levels,
             steps=self.options.rollout_steps,
             patch_size=argument(self.options, "patch_size"),
-            masked=self.options.masked,
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:
@@ -146,7 +141,7 @@ class AuroraAdapter:
 
     def describe(self, path: Path) -> Description | None:
         """Variables, levels and sizes; None where the file is no checkpoint of Aurora's."""
-        return describe(path, argument(self.options, "max_history_size"))
+        return describe(path, self.options)
 
 
 def _with_some_statistics(table: Any) -> Any:

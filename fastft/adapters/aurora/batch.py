@@ -14,36 +14,35 @@ import torch
 from torch import Tensor
 
 from fastft.adapters.aurora.forward import CheckedMetadata, DeviceBatch
-from fastft.adapters.aurora.variables import Variables
+from fastft.adapters.aurora.variants import Weather
 from fastft.errors import DataError, nearest
 from fastft.task import Sample
 
 
 def collate(
     samples: Sequence[Sample],
-    variables: Variables,
+    variant: Weather,
     *,
     levels: Sequence[int],
     steps: int,
     patch_size: int,
-    masked: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One batch of samples on one grid, the last row cut off where upstream would cut it off.
 
     Args:
         samples: with the fields that `fastft.adapters.aurora.data` gives.
-        variables: the run's.
+        variant: of the run's class, with its variables.
         levels: in hPa, of every sample.
         steps: R, the targets of every sample.
         patch_size: the model's.
-        masked: variables whose inputs are filled with their locations where they are NaN.
 
     Raises:
         DataError: with every problem: variables, levels or shapes that are not the model's, grids
             or static fields that differ between samples.
     """
-    kinds = {"surf": variables.surf, "atmos": variables.atmos}
-    kinds |= {f"target_{kind}": names for kind, names in kinds.items()}
+    variables = variant.variables
+    kinds = {"surf": variant.inputs, "atmos": variables.atmos}
+    kinds |= {"target_surf": variant.targets, "target_atmos": variables.atmos}
     problems = list(_grid_problems(samples, patch_size, variables.static))
     every = {**kinds, "static": variables.static}
     for sample in samples:
@@ -61,7 +60,7 @@ def collate(
 
     history = {kind: stacked(kind) for kind in ("surf", "atmos")}
     for fields in history.values():
-        for name in set(fields) & set(masked):
+        for name in set(fields) & variant.masked:
             location = torch.tensor(variables.location(name, levels))
             fields[name] = torch.where(fields[name].isnan(), location, fields[name])
     return {

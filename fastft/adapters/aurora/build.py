@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastft.adapters.aurora.forward import remove_waits
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.variables import Variables, resolve_variables
+from fastft.adapters.aurora.variants import AirPollution, V1p5, Wave, Weather
 from fastft.errors import AdapterError, ConfigError, nearest
 from fastft.task import Block
 
@@ -25,12 +26,16 @@ CLASSES = (
     "AuroraSmall",
     "Aurora12hPretrained",
     "AuroraHighRes",
+    "AuroraAirPollution",
+    "AuroraWave",
+    "AuroraV1p5",
 )
-# They post-process what the decoder gives, or take and give further variables: the paper's losses
-# for them stand before that.
-_NOT_YET = ("AuroraAirPollution", "AuroraWave", "AuroraV1p5", "AuroraV1p5Ensemble")
-_V1P5 = "leave it out: only AuroraV1p5 uses it, which is not supported yet"
-_POLLUTION = "leave it out: only AuroraAirPollution uses it, which is not supported yet"
+_V1P5 = "leave it out: AuroraV1p5 sets it"
+# Without what a wave is told by, upstream's hook fails.
+_WAVES = (
+    *("swh", "mwd", "mwp", "pp1d", "shww", "mdww", "mpww", "shts", "mdts"),
+    *("swh1", "mwd1", "mwp1", "swh2", "mwd2", "mwp2"),
+)
 # Of the constructor -> what to set instead.
 _OWNED = {
     "surf_vars": "set model.options.surf_vars",
@@ -44,11 +49,11 @@ _OWNED = {
     "bf16_mode": "set step.precision",
     "use_fp16_safe_attention": "set step.precision = 'bf16'",
     "variable_lead_time": _V1P5,
-    "stochastic": _V1P5,
+    "stochastic": "leave it out: ensembles are not supported",
     "output_only_surf_vars": _V1P5,
     "output_only_atmos_vars": _V1P5,
-    "modulation_heads": _POLLUTION,
-    "atmos_static_vars": _POLLUTION,
+    "modulation_heads": "leave it out: AuroraAirPollution sets it",
+    "atmos_static_vars": "leave it out: AuroraAirPollution sets it",
 }
 
 
@@ -56,14 +61,13 @@ def model_class(options: AuroraOptions) -> type[aurora.Aurora]:
     """The class that `model.options.model_class` names.
 
     Raises:
-        ConfigError: there is no such class, or it is not supported yet.
+        ConfigError: there is no such class, or it is not supported.
     """
     name = options.model_class
-    if name in _NOT_YET:
+    if name == "AuroraV1p5Ensemble":
         raise ConfigError(
             f"model.options.model_class: must be one of {', '.join(CLASSES)}; got '{name}', whose"
-            " own variables, post-processing and loss this adapter does not support yet; choose"
-            " another class"
+            " loss, over several members, this adapter does not have; choose another class"
         )
     if name not in CLASSES:
         raise ConfigError(
@@ -107,13 +111,73 @@ def make_variables(options: AuroraOptions) -> Variables:
     Raises:
         ConfigError: see `resolve_variables`.
     """
-    defaults = _defaults(model_class(options))
-    kinds = ("surf_vars", "static_vars", "atmos_vars")
+    usual = default_variables(options)
     return resolve_variables(
-        {kind: defaults[kind] for kind in kinds},
-        {kind: getattr(options, kind) for kind in kinds},
-        options.levels,
+        usual, {kind: getattr(options, kind) for kind in usual}, options.levels
     )
+
+
+def default_variables(options: AuroraOptions) -> dict[str, tuple[str, ...]]:
+    """'surf_vars', 'static_vars', 'atmos_vars' -> the class's names."""
+    defaults = _defaults(model_class(options))
+    return {kind: defaults[kind] for kind in ("surf_vars", "static_vars", "atmos_vars")}
+
+
+def make_variant(options: AuroraOptions, variables: Variables) -> Weather:
+    """What the class takes and what its loss compares.
+
+    Raises:
+        ConfigError: `masked` names no predicted variable, or the class lacks variables of its own.
+    """
+    predicted = [*variables.surf, *variables.atmos]
+    problems = [
+        f"model.options.masked: '{name}' must be a predicted variable; it is"
+        f" none{nearest(name, predicted)}"
+        for name in options.masked
+        if name not in predicted
+    ]
+    kind = model_class(options)
+    if kind is aurora.AuroraWave and (lacking := sorted(set(_WAVES) - set(variables.surf))):
+        problems.append(
+            f"model.options.surf_vars: must hold all waves of AuroraWave; got none named"
+            f" {', '.join(lacking)}; name them, or give new variables in a table"
+        )
+    lora = kind is aurora.AuroraAirPollution and argument(options, "use_lora")
+    if lora and "so2" not in variables.atmos:
+        problems.append(
+            "model.options.atmos_vars: must hold so2 with use_lora = true, since AuroraAirPollution"
+            " bounds it; got none; name it"
+        )
+    if problems:
+        raise ConfigError(problems)
+    if kind is aurora.AuroraAirPollution:
+        return AirPollution(variables, options.masked)
+    if kind is aurora.AuroraWave:
+        densities, angles = (
+            argument(options, f"{name}_surf_vars") for name in ("density_channel", "angle")
+        )
+        masked = [name for name in options.masked if name not in densities]
+        return Wave(variables, masked, densities=densities, angles=angles)
+    if kind is aurora.AuroraV1p5:
+        output_only = argument(options, "output_only_surf_vars")
+        return V1p5(variables, options.masked, output_only=output_only)
+    return Weather(variables, options.masked)
+
+
+def fixed_arguments(options: AuroraOptions, variables: Variables) -> dict[str, Any]:
+    """Arguments of the constructor that the class has otherwise by default.
+
+    The trainer's autocast stands for AuroraV1p5's own, which is float16 on a GPU.
+    """
+    if model_class(options) is not aurora.AuroraV1p5:
+        return {}
+    output_only = argument(options, "output_only_surf_vars")
+    return {
+        "autocast": False,
+        "use_fp16_safe_attention": False,
+        # It makes channels of all of them, whether the model has them or not.
+        "output_only_surf_vars": tuple(n for n in output_only if n in variables.surf),
+    }
 
 
 def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
@@ -123,7 +187,7 @@ def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
         ConfigError: arguments that the class does not take.
         AdapterError: the class cannot be made with them.
     """
-    arguments = constructor_arguments(options)
+    arguments = constructor_arguments(options) | fixed_arguments(options, variables)
     arguments |= {
         "surf_vars": variables.surf,
         "static_vars": variables.static,
@@ -165,6 +229,9 @@ def timestep_hours(options: AuroraOptions) -> float:
 def new_parameters(model: nn.Module, variables: Variables) -> dict[str, nn.Parameter]:
     """Embeddings and heads of the variables that the class does not have by default."""
     surf, static, atmos = (variables.new[f"{kind}_vars"] for kind in ("surf", "static", "atmos"))
+    # As AuroraWave and AuroraAirPollution name what they make of a variable.
+    surf |= {f"{name}_{channel}" for name in surf for channel in ("sin", "cos", "density")}
+    atmos |= {f"static_{name}" for name in static}
     kinds = {
         "encoder.surf_token_embeds.": surf | static,
         "encoder.atmos_token_embeds.": atmos,

@@ -10,11 +10,17 @@ from typing import Any, cast
 import aurora
 import safetensors.torch
 import torch
-from aurora.model.compat import _adapt_checkpoint_pretrained
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from fastft.adapters.aurora.build import argument, new_parameters, timestep_hours
+from fastft.adapters.aurora.build import (
+    argument,
+    default_variables,
+    fixed_arguments,
+    model_class,
+    new_parameters,
+    timestep_hours,
+)
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.variables import Variables
 from fastft.atomic import write_file_atomically
@@ -26,8 +32,8 @@ _SUFFIXES = (".ckpt", ".pt", ".pth")
 _EMBEDDINGS = ("encoder.surf_token_embeds.", "encoder.atmos_token_embeds.")
 
 
-def read_weights(path: Path, max_history_size: int) -> dict[str, Tensor] | None:
-    """A checkpoint's tensors under the present names, as upstream itself converts them.
+def read_weights(path: Path, options: AuroraOptions) -> dict[str, Tensor] | None:
+    """A checkpoint's tensors under the present names, as the class itself converts them.
 
     That takes off the prefix 'net.', splits embeddings and heads that old files number by
     variable, and fills up a shorter history with zeros.
@@ -36,7 +42,7 @@ def read_weights(path: Path, max_history_size: int) -> dict[str, Tensor] | None:
         None where the file is no flat dict of Aurora's tensors; the core then reads it.
 
     Raises:
-        CheckpointError: numbered embeddings or heads of other variables than upstream's.
+        CheckpointError: the class cannot read them, as where they number other variables.
     """
     tensors = _flat_tensors(path)
     if tensors is None:
@@ -46,15 +52,16 @@ def read_weights(path: Path, max_history_size: int) -> dict[str, Tensor] | None:
     if embedding is None:
         return None
     try:
-        tensors = _adapt_checkpoint_pretrained(embedding.shape[-1], tensors)
+        tensors = _adapt(tensors, options, embedding.shape[-1])
     except (AssertionError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: must hold Aurora's own variables, since its tensors number them; got tensors"
-            f" of other sizes ({error or type(error).__name__}); convert it to names"
+            f"{path}: must be a checkpoint that {options.model_class} reads, with its own variables"
+            f" where it numbers them; got {error or 'other sizes'} ({type(error).__name__}); choose"
+            " the class that the file is of, or convert the file to names"
         ) from error
     history = min(t.shape[2] for name, t in tensors.items() if _is_embedding(name))
-    if history < max_history_size:
-        stand_in = cast(aurora.Aurora, SimpleNamespace(max_history_size=max_history_size))
+    if history < (longest := argument(options, "max_history_size")):
+        stand_in = cast(aurora.Aurora, SimpleNamespace(max_history_size=longest))
         aurora.Aurora.adapt_checkpoint_max_history_size(stand_in, tensors)
     return tensors
 
@@ -73,7 +80,7 @@ def load_hub(model: aurora.Aurora, options: AuroraOptions, variables: Variables)
             f"model.options.hub: {'/'.join(names)} must be fetched; got {type(error).__name__}:"
             f" {error}; connect to the network, or set hub = false and model.checkpoint"
         ) from error
-    tensors = read_weights(Path(file), model.max_history_size) or {}
+    tensors = read_weights(Path(file), options) or {}
     own = model.state_dict()
     # Inserted by this option; upstream's checkpoints were trained without.
     inserted = ".ln_k.", ".ln_q."
@@ -121,6 +128,9 @@ def save(model: nn.Module, options: AuroraOptions, variables: Variables, path: P
         )
     # Copies: views would take the whole of their memory along.
     state = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state_dict(model).items()}
+    if argument(options, "simulate_indexing_bug"):
+        _share_static_z(state)
+    _check_readable(state, options)
     torch.save(state, path)
     # The core writes under a temporary name first (`fastft.atomic`), and renames that file alone.
     target = path.with_name(path.name.removeprefix(".tmp-"))
@@ -131,11 +141,11 @@ def save(model: nn.Module, options: AuroraOptions, variables: Variables, path: P
     )
 
 
-def describe(path: Path, max_history_size: int) -> Description | None:
+def describe(path: Path, options: AuroraOptions) -> Description | None:
     """Variables, levels and sizes; None where the file is no checkpoint of Aurora's."""
     if not path.is_file():
         return None
-    tensors = read_weights(path, max_history_size)
+    tensors = read_weights(path, options)
     if tensors is None:
         return None
     return Description(str(path), list(_rows(path, tensors)))
@@ -168,6 +178,44 @@ def _rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]
     yield "LoRA", "yes" if any(".lora_" in name for name in tensors) else "no"
     yield "parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"
     yield "tensors", f"{len(tensors):,}"
+
+
+def _share_static_z(state: dict[str, Tensor]) -> None:
+    """Gives z and static_z one embedding: they see the same field, and upstream reads one for both.
+
+    What the model computes is as before, to the bit where they were equal, as in upstream's own.
+    """
+    for name in [name for name in state if name.endswith(".weights.static_z")]:
+        if (z := f"{name.removesuffix('static_z')}z") in state:
+            state[z] = state[name] = (state[z] + state[name]) / 2
+
+
+def _check_readable(state: dict[str, Tensor], options: AuroraOptions) -> None:
+    """Refuses an export whose weights `load_checkpoint_local` would change or not take.
+
+    Raises:
+        ConfigError: with what it changes.
+    """
+    try:
+        read = _adapt(dict(state), options, argument(options, "patch_size"))
+        changed = [n for n, t in state.items() if n not in read or not torch.equal(read[n], t)]
+    except KeyError as error:
+        changed = [str(error.args[0])]
+    if changed:
+        raise ConfigError(
+            f"model.options: {options.model_class}'s load_checkpoint_local must read the weights"
+            f" back as they are; got others in {len(changed)} tensors, first {changed[0]}; leave"
+            " arguments.simulate_indexing_bug and level_condition as the class has them"
+        )
+
+
+def _adapt(
+    tensors: dict[str, Tensor], options: AuroraOptions, patch_size: int
+) -> dict[str, Tensor]:
+    """What the class's `load_checkpoint_local` makes of a file's tensors."""
+    names = default_variables(options)
+    stand_in = SimpleNamespace(patch_size=patch_size, **names)
+    return model_class(options)._adapt_checkpoint(cast(aurora.Aurora, stand_in), tensors)
 
 
 def _height(level: str) -> float:
@@ -206,7 +254,7 @@ def _flat_tensors(path: Path) -> dict[str, Tensor] | None:
 def _record(options: AuroraOptions, variables: Variables) -> dict[str, Any]:
     return {
         "model_class": options.model_class,
-        "arguments": dict(options.arguments),
+        "arguments": {**fixed_arguments(options, variables), **options.arguments},
         "timestep_hours": timestep_hours(options),
         "stabilise_level_agg": options.stabilise_level_agg,
         "max_history_size": argument(options, "max_history_size"),

@@ -145,8 +145,10 @@ def _add(found: Survey, index: int, sample: Mapping[str, Any], masked: Sequence[
     mask = found.static.get("lsm")
     levels = [int(level) for level in sample["levels"]]
     for kind, target in (("surf", "target_surf"), ("atmos", "target_atmos")):
-        for name, values in sample[kind].items():
-            steps = [np.asarray(values), np.asarray(sample[target][name])]
+        for name, values in sample[target].items():
+            # Some classes predict variables that they do not take.
+            past = [sample[kind][name]] if name in sample[kind] else []
+            steps = [np.asarray(array) for array in (*past, values)]
             if name not in found.variables:
                 own = levels if kind == "atmos" else None
                 found.variables[name] = Content(own, Moments(len(levels) if own else 1))
@@ -357,6 +359,9 @@ def weather_statistics(found: Survey, locations: Locations) -> Iterator[Finding]
         if expected is None or name in explained or not content.moments.count[c]:
             continue
         location, scale = expected
+        if (location, scale) == (0, 1):
+            # Not normalised: angles, which the model takes by sine and cosine, and insolation.
+            continue
         mean, std = content.moments.mean[c], content.moments.std[c]
         distance = abs(mean - location) / scale
         if max(distance, std / scale) > FAR:

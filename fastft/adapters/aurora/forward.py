@@ -15,6 +15,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -46,11 +47,18 @@ class CheckedMetadata(aurora.Metadata):
         """Checks nothing."""
 
 
+@dataclass
 class DeviceBatch(aurora.Batch):
     """A batch on the model's device, a multiple of the patch size high; its methods never wait.
 
     A step from it is as long as the model's own time step.
+
+    Attributes:
+        decoded: of a prediction, what the class changes after the decoder, as it was before
+            (`variants`): normalised, by name, `[B, 1, (C,) H, W]`.
     """
+
+    decoded: dict[str, Tensor] | None = None
 
     def normalise(self, surf_stats: dict[str, tuple[float, float]]) -> "DeviceBatch":
         """As upstream's."""
@@ -58,16 +66,17 @@ class DeviceBatch(aurora.Batch):
 
     def unnormalise(self, surf_stats: dict[str, tuple[float, float]]) -> "DeviceBatch":
         """As upstream's."""
-        return _unnormalise(self, surf_stats)
+        return dataclasses.replace(_unnormalise(self, surf_stats), decoded=self.decoded)
 
     def _fmap(self, f: Callable[[Tensor], Tensor]) -> "DeviceBatch":
-        metadata = self.metadata
+        metadata, decoded = self.metadata, self.decoded
         return dataclasses.replace(
             self,
             surf_vars={name: f(values) for name, values in self.surf_vars.items()},
             static_vars={name: f(values) for name, values in self.static_vars.items()},
             atmos_vars={name: f(values) for name, values in self.atmos_vars.items()},
             metadata=dataclasses.replace(metadata, lat=f(metadata.lat), lon=f(metadata.lon)),
+            decoded=decoded and {name: f(values) for name, values in decoded.items()},
         )
 
 

@@ -12,20 +12,19 @@ of the variable gives 0.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from aurora.normalisation import level_to_str
 
 # Private, but the step of upstream's own roll-out; the package's version is pinned.
 from aurora.rollout import _advance_batch
 from torch import Tensor, nn
 
 from fastft.adapters.aurora.batch import first_state
-from fastft.adapters.aurora.forward import constant
+from fastft.adapters.aurora.forward import DeviceBatch, constant
 from fastft.adapters.aurora.options import LOSS_WEIGHTS, AuroraLossOptions
-from fastft.adapters.aurora.variables import Variables
+from fastft.adapters.aurora.variants import Pair, Weather
 from fastft.errors import ConfigError, nearest
 from fastft.task import Batch, Loss
 
@@ -39,8 +38,7 @@ class AuroraLoss:
 
     Args:
         options: weights.
-        variables: the run's.
-        masked: those whose targets may be NaN.
+        variant: of the run's class, with its variables.
         steps_matter: whether the model depends on the number of the roll-out step. Where it does
             not, it is told none: compiled blocks are compiled anew for each.
 
@@ -51,15 +49,15 @@ class AuroraLoss:
     def __init__(
         self,
         options: AuroraLossOptions,
-        variables: Variables,
+        variant: Weather,
         *,
-        masked: Sequence[str] = (),
         steps_matter: bool,
     ) -> None:
-        self._variables, self._steps_matter = variables, steps_matter
-        self._masked = frozenset(masked)
+        self._variant, self._steps_matter = variant, steps_matter
         self._pushforward = options.pushforward
-        predicted = [*variables.surf, *variables.atmos]
+        channels, surface = variant.channels, variant.variables.surf
+        self._targets = (*variant.targets, *variant.variables.atmos)
+        predicted = list(dict.fromkeys([*channels.values(), *channels]))
         problems = [
             f"model.options.loss.weights: '{name}' must be a predicted variable; it is"
             f" none{nearest(name, predicted)}"
@@ -74,14 +72,17 @@ class AuroraLoss:
         if problems:
             raise ConfigError(problems)
         weights = {**LOSS_WEIGHTS[options.preset], **options.weights}
-        shares = dict.fromkeys(variables.surf, options.alpha)
-        shares |= dict.fromkeys(variables.atmos, options.beta)
-        factor = options.gamma / len(predicted)
-        self._coefficients = {n: factor * s * weights.get(n, 1.0) for n, s in shares.items()}
+        factor = options.gamma / len(channels)
+        self._coefficients = {
+            channel: factor
+            * (options.alpha if name in surface else options.beta)
+            * weights.get(channel, weights.get(name, 1.0))
+            for channel, name in channels.items()
+        }
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Loss:
         """The loss; predictions, in physical units, only without gradients, as in evaluations."""
-        targets = {name: batch[name] for name in self._coefficients}
+        targets = {name: batch[name] for name in self._targets}
         steps = next(iter(targets.values())).shape[1]
         state = first_state(batch.data)
         evaluating = not torch.is_grad_enabled()
@@ -91,9 +92,10 @@ class AuroraLoss:
         for step in range(steps):
             last = step == steps - 1
             with torch.no_grad() if self._pushforward and not last else contextlib.nullcontext():
-                predicted = model(state)
+                predicted = self._variant.predict(model, state)
+                predicted = self._variant.prescribe(predicted, targets, step)
                 values = {**predicted.surf_vars, **predicted.atmos_vars}
-                error = self._errors(values, targets, step, batch["levels"])
+                error = self._errors(predicted, batch.data, step)
                 totals.append(self._total(error))
                 if not last:
                     state = self._next(model, state, predicted)
@@ -107,40 +109,18 @@ class AuroraLoss:
         return Loss(total, parts, _joined(predictions) if evaluating else None)
 
     def _errors(
-        self,
-        predicted: Mapping[str, Tensor],
-        targets: Mapping[str, Tensor],
-        step: int,
-        levels: tuple[int, ...],
+        self, predicted: DeviceBatch, batch: Mapping[str, Any], step: int
     ) -> dict[str, Tensor]:
-        """Mean absolute errors of normalised variables.
-
-        The location of both is the same: dividing the difference by the scale rounds once less
-        than normalising both, and keeps less for the backward pass.
-        """
+        """Mean absolute errors of normalised variables."""
         errors = {}
-        for name in self._variables.surf:
-            pair = predicted[name][:, 0], targets[name][:, step]
-            scale = self._variables.statistics[name].scale
-            errors[name] = self._mean(name, *pair, (0, 1, 2)) / scale
-        for name in self._variables.atmos:
-            pair = predicted[name][:, 0], targets[name][:, step]
-            statistics = self._variables.levels[name]
-            scales = [statistics[level_to_str(level)].scale for level in levels]
-            by_level = self._mean(name, *pair, (0, 2, 3))
-            errors[name] = (by_level / constant(scales, by_level.dtype, by_level.device)).mean()
+        for channel, pair in self._variant.pairs(predicted, batch, step):
+            if isinstance(pair.scale, float):
+                errors[channel] = _mean(pair, (0, 1, 2)) / pair.scale
+            else:
+                by_level = _mean(pair, (0, 2, 3))
+                scale = constant(pair.scale, by_level.dtype, by_level.device)
+                errors[channel] = (by_level / scale).mean()
         return errors
-
-    def _mean(self, name: str, predicted: Tensor, target: Tensor, over: tuple[int, ...]) -> Tensor:
-        """Mean absolute difference over some dimensions; those that are left count by points."""
-        difference = predicted - target
-        if name not in self._masked:
-            return difference.abs().mean(over)
-        present = ~target.isnan()
-        # Before the absolute value, whose gradient would be NaN times 0.
-        total = torch.where(present, difference, 0).abs().sum(over)
-        # Over the mean number of points: the mean over levels is then that over all points.
-        return total / present.sum(over).to(total.dtype).mean().clamp(min=1e-6)
 
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._coefficients[n] * error for n, error in errors.items()]).sum()
@@ -154,6 +134,17 @@ class AuroraLoss:
         return dataclasses.replace(
             state, metadata=dataclasses.replace(state.metadata, rollout_step=0)
         )
+
+
+def _mean(pair: Pair, over: tuple[int, ...]) -> Tensor:
+    """Mean absolute difference over some dimensions; those that are left count by points."""
+    difference = pair.predicted - pair.target
+    if pair.present is None:
+        return difference.abs().mean(over)
+    # Before the absolute value, whose gradient would be NaN times 0.
+    total = torch.where(pair.present, difference, 0).abs().sum(over)
+    # Over the mean number of points: the mean over levels is then that over all points.
+    return total / pair.present.sum(over).to(total.dtype).mean().clamp(min=1e-6)
 
 
 def _joined(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def test_first_checkpoints_and_shorter_histories(
     name = "net.encoder.surf_token_embeds.weight"
     odd[name] = odd[name][:, :6]
     torch.save(odd, tmp_path / "odd.ckpt")
-    with pytest.raises(CheckpointError, match=r"odd\.ckpt: must hold Aurora's own variables"):
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt: must be a checkpoint that AuroraPre"):
         adapter.weights(tmp_path / "odd.ckpt")
 
 

@@ -184,11 +184,11 @@ lr = 1e-3
     ("options", "message"),
     [
         (
-            'model_class = "AuroraWave"',
+            'model_class = "AuroraV1p5Ensemble"',
             "model.options.model_class: must be one of Aurora, AuroraPretrained,"
-            " AuroraSmallPretrained, AuroraSmall, Aurora12hPretrained, AuroraHighRes; got"
-            " 'AuroraWave', whose own variables, post-processing and loss this adapter does not"
-            " support yet; choose another class",
+            " AuroraSmallPretrained, AuroraSmall, Aurora12hPretrained, AuroraHighRes,"
+            " AuroraAirPollution, AuroraWave, AuroraV1p5; got 'AuroraV1p5Ensemble', whose loss,"
+            " over several members, this adapter does not have; choose another class",
         ),
         (
             'model_class = "AuroraSmol"',
