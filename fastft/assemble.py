@@ -12,12 +12,14 @@ from fastft.blocks import BlockForwards, compile_task
 from fastft.checkpoint import Weights, load_weights, read_weights
 from fastft.config import LossConfig, RunConfig
 from fastft.data import SourceLoader, check_data, describe_findings, open_evaluation
+from fastft.errors import ConfigError
 from fastft.finetune import apply_method, staged_names
 from fastft.fused import Kernels, choose_kernels, fuse_layer_norms
 from fastft.losses import make_criterion, make_penalty
 from fastft.names import state_dict
 from fastft.optim import Optimizer, group_table, make_groups
 from fastft.precision import Precision, make_precision
+from fastft.replay import ReplayBuffer
 from fastft.step import TrainingStep
 from fastft.task import Adapter, FieldSpec, Split, Task
 
@@ -77,8 +79,25 @@ def build_step(
             console.print(note)
     optimizer = Optimizer(groups, config.optim, config.run.steps, kernels, config.run.seed)
     penalty = make_penalty(config.loss, task.model, optimizer.parameters)
-    step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels)
+    replay = make_replay(config, task, device)
+    step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels, replay)
     return step, forwards
+
+
+def make_replay(config: RunConfig, task: Task, device: torch.device) -> ReplayBuffer | None:
+    """The replay buffer that `data.replay` asks for.
+
+    Raises:
+        ConfigError: the task does not say how predictions become data.
+    """
+    if config.data.replay is None:
+        return None
+    if task.carry is None:
+        raise ConfigError(
+            f"data.replay: must be left out, since predictions of adapter '{config.model.adapter}'"
+            " do not become data; got some; remove it"
+        )
+    return ReplayBuffer(task.carry, device, saved=config.data.replay.save)
 
 
 def open_split(

@@ -21,6 +21,7 @@ from fastft.fused import TORCH_ONLY, Kernels
 from fastft.gradients import GradientGuard, NormSummary, Verdict, gradients_of
 from fastft.optim import Optimizer
 from fastft.precision import Precision
+from fastft.replay import ReplayBuffer
 from fastft.runtime import rng_state, set_rng_state
 from fastft.task import Batch, Loss, LossFunction, Task
 
@@ -66,6 +67,7 @@ class TrainingStep:
         optimizer: over the trained parameters.
         penalty: the run file's terms on parameters, or None.
         kernels: whether gradients are measured by fastft's kernel.
+        replay: where batches draw from a replay buffer.
 
     Attributes:
         graph: runs forward and backward where it takes the batches; None: nothing was captured.
@@ -81,8 +83,10 @@ class TrainingStep:
         gradients: GradientsConfig,
         precision: Precision,
         kernels: Kernels = TORCH_ONLY,
+        replay: ReplayBuffer | None = None,
     ) -> None:
         self.task = task
+        self.replay = replay
         self.precision = precision
         self.optimizer = optimizer
         self._penalty = penalty
@@ -184,8 +188,12 @@ class TrainingStep:
         return [self.guard.names[i] for i in waiting]
 
     def _forward_backward(self, batch: Batch, of: int) -> Loss:
+        replay = None if self._rehearsing else self.replay
         with record_function("fastft/forward"):
+            batch = batch if replay is None else replay.fill(batch)
             loss = compute_loss(self.task.loss, self.task.model, batch, self.precision)
+            if replay is not None:
+                replay.keep(batch, loss.predictions)
         if loss.total.requires_grad:
             with record_function("fastft/backward"):
                 (loss.total * (self.guard.scale / of)).backward()

@@ -23,7 +23,7 @@ Sample = Mapping[str, Any]
 
 
 class Dataset(Protocol):
-    """A map-style data set."""
+    """A map-style data set; see `Carry` for what one must have for `data.replay`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
@@ -38,12 +38,16 @@ class Batch:
         size: samples in it.
         source: data set it was drawn from; empty where samples of several are mixed.
         lr_factor: learning rate over its peak in this step, for losses whose weights follow it.
+        slots, leads: with `data.replay`, each sample's place in the buffer, and how many steps the
+            model has carried it on.
     """
 
     data: Mapping[str, Any]
     size: int
     source: str = ""
     lr_factor: float = 1.0
+    slots: tuple[int, ...] = ()
+    leads: tuple[int, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]
@@ -84,6 +88,22 @@ class LossFunction(Protocol):
     """
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Loss: ...
+
+
+class Carry(Protocol):
+    """How predictions become data, for `data.replay`; waits for nothing.
+
+    The data sets say with an attribute `following` which sample is one step after each: indices, -1
+    where there is none. Losses of batches with `leads` return predictions in training, too.
+    """
+
+    def start(self, batch: Batch, states: Sequence[Any], /) -> Batch:
+        """The batch with samples that start from their states; None: from the batch's data."""
+        ...
+
+    def states(self, batch: Batch, predictions: Any, /) -> Sequence[Any]:
+        """What each sample starts from one step later: pytrees of new, detached tensors."""
+        ...
 
 
 class Criterion(Protocol):
@@ -147,6 +167,7 @@ class Task:
             derived from `blocks`.
         layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
             one may take their place.
+        carry: see `Carry`; None: `data.replay` is refused.
     """
 
     model: nn.Module
@@ -157,6 +178,7 @@ class Task:
     fields: Mapping[str, FieldSpec] = field(default_factory=dict)
     layers: Mapping[str, int] | None = None
     layer_norms: tuple[type[nn.LayerNorm], ...] = ()
+    carry: Carry | None = None
 
 
 @dataclass(frozen=True)

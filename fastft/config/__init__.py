@@ -8,7 +8,7 @@ writes them.
 from pydantic.dataclasses import dataclass
 
 from fastft.config.base import strict
-from fastft.config.data import ChecksConfig, DataConfig, DataSource
+from fastft.config.data import ChecksConfig, DataConfig, DataSource, ReplayConfig
 from fastft.config.loss import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -69,6 +69,7 @@ __all__ = [
     "Penalty",
     "ProfileConfig",
     "PythonLoss",
+    "ReplayConfig",
     "RunConfig",
     "RunSection",
     "ScheduleConfig",

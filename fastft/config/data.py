@@ -43,6 +43,30 @@ class ChecksConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)
+class ReplayConfig:
+    """A buffer of samples that the model itself carries on: its predictions become data.
+
+    Each micro-batch draws samples of the buffer at random; what the model makes of them takes their
+    place, for the next time they are drawn, one step later.
+    """
+
+    size: Annotated[Count, describe("Samples in the buffer.")] = 200
+    refresh: Annotated[
+        Count, describe("Micro-batches after which fresh data take the oldest sample's place.")
+    ] = 10
+    longest: Annotated[
+        Count, describe("Steps that a sample is carried on at most, before it is fresh again.")
+    ] = 40
+    save: Annotated[
+        bool,
+        describe(
+            "Save the buffer with checkpoints. Without it, a resumed run begins with data in its"
+            " place, at the same steps, and differs from one that was not interrupted."
+        ),
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=strict)
 class DataConfig:
     """Data sets and how they are read."""
 
@@ -67,6 +91,9 @@ class DataConfig:
         Literal["sample", "batch"],
         describe("Several data sets: mix within a batch, or draw one data set per batch."),
     ] = "sample"
+    replay: Annotated[
+        ReplayConfig | None, describe("Train on what the model predicted before.")
+    ] = None
     workers: Annotated[int, describe("Processes per loader; 0 reads in the main one.", ge=0)] = 0
     prefetch: Annotated[Count, describe("Batches each worker reads ahead.")] = 2
     checks: Annotated[ChecksConfig, describe("Data checks.")] = ChecksConfig()
@@ -84,4 +111,9 @@ class DataConfig:
             raise ValueError(
                 f"samples_per_step must be a multiple of batch_size; got {self.samples_per_step}"
                 f" and {self.batch_size}; change one"
+            )
+        if self.replay is not None and self.replay.size < self.micro_batch:
+            raise ValueError(
+                f"replay.size must be at least batch_size; got {self.replay.size} and"
+                f" {self.batch_size}; raise it"
             )

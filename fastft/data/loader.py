@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastft.config import DataConfig, DataSource
 from fastft.data.order import EvaluationOrder, Order, Picks, TrainingOrder
 from fastft.data.randomness import Stream, preserved_globals, seed_globals
+from fastft.data.replay import make_replay_order
 from fastft.data.sources import OpenSource, open_sources
 from fastft.errors import DataError
 from fastft.task import Adapter, Batch, Split
@@ -167,7 +168,13 @@ class _BatchReader(Dataset[Batch | DataError]):
             listed = ", ".join(f"{self._sources[s].name}[{index}]" for s, index in places)
             error.add_note(f"while collating the samples {listed}")
             raise
-        return Batch(data, size=len(samples), source="" if self._mixed else first.name)
+        return Batch(
+            data,
+            size=len(samples),
+            source="" if self._mixed else first.name,
+            slots=picks.slots,
+            leads=picks.leads,
+        )
 
 
 def open_loader(
@@ -177,7 +184,7 @@ def open_loader(
 
     Raises:
         DataError: a data set cannot be opened, or all of them together do not fill a batch.
-        ConfigError: two data sets share a name.
+        ConfigError: two data sets share a name, or one is none for `data.replay`.
     """
     sources = open_sources(adapter, data.train, "train")
     sizes = [len(source) for source in sources]
@@ -190,6 +197,9 @@ def open_loader(
         sizes, [source.weight for source in sources], data.micro_batch, data.mixing, seed
     )
     mixed = len(sources) > 1 and data.mixing == "sample"
+    if data.replay is not None:
+        order = make_replay_order(order, sources, data.replay)
+        mixed = len(sources) > 1
     return SourceLoader(sources, order, seed, _options(data, device), mixed)
 
 

@@ -31,11 +31,15 @@ class Picks:
         first: number of the batch's first sample in the stream; seeds the transforms.
         sources: data set of each sample, int64 `[B]`.
         indices: index of each sample in its data set, int64 `[B]`.
+        slots, leads: with `data.replay`, each sample's place in the buffer, and how many steps it
+            was carried on.
     """
 
     first: int
     sources: np.ndarray
     indices: np.ndarray
+    slots: tuple[int, ...] = ()
+    leads: tuple[int, ...] = ()
 
 
 class Order(Protocol):

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     SAMPLE = 4
     COLLATE = 5
     CHECK = 6
+    REPLAY = 7
 
 
 def make_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -55,6 +55,8 @@ def capture_step(
         return
     if list(staged):
         decision = "not used, because finetune.unfreeze changes what is trained"
+    elif step.replay is not None:
+        decision = "not used, because data.replay puts predictions into the batches"
     elif any(forwards.ways[way].offload for way in forwards.chosen.values()):
         decision = "not used, because the memory plan puts activations on the host"
     else:

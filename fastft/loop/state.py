@@ -53,12 +53,14 @@ class TrainingState:
         return [name for name, is_bad in zip(named, bad, strict=True) if is_bad]
 
     def training_state(self) -> dict[str, Any]:
-        """Everything else: optimizer, loss scale and counters, random generators."""
+        """Everything else: optimizer, loss scale and counters, random generators, replay buffer."""
+        replay = self.step.replay
         return {
             "optimizer": self.step.optimizer.state_dict(),
             "guard": self.step.guard.state_dict(),
             "rng": rng_state(self.device),
             "data": dict(self.data),
+            **({} if replay is None else {"replay": replay.state_dict()}),
         }
 
     def restore(self, saved: Saved) -> int:
@@ -77,6 +79,8 @@ class TrainingState:
         load_state_dict(self.task.model, saved.model, where="checkpoint")
         self.step.optimizer.load_state_dict(saved.training["optimizer"])
         self.step.guard.load_state_dict(saved.training["guard"])
+        if self.step.replay is not None:
+            self.step.replay.load_state_dict(saved.training["replay"])
         if self.ema is not None and saved.ema is not None:
             for name, average in self.ema.average.items():
                 average.copy_(saved.ema[name])
@@ -89,6 +93,7 @@ _FREE = (
     *("run.folder", "run.steps", "run.device", "evaluate", "checkpoint", "log", "model.checkpoint"),
     *("memory", "profile", "step.cuda_graphs"),
     *("data.workers", "data.prefetch", "data.checks", "data.validation", "data.test"),
+    "data.replay.save",
 )
 
 

@@ -20,6 +20,7 @@ from fastft.adapters.aurora.build import (
     steps_matter,
     timestep_hours,
 )
+from fastft.adapters.aurora.carry import AuroraCarry
 from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, save
 from fastft.adapters.aurora.checks import weather_checks
 from fastft.adapters.aurora.data import open_weather
@@ -92,13 +93,20 @@ class AuroraAdapter:
             )
         options, variables = self.options, self.variables
         repeats = steps_matter(options, options.rollout_steps)
-        loss = AuroraLoss(options.loss, self.variant, steps_matter=repeats)
+        lora_steps = argument(options, "lora_steps") if argument(options, "use_lora") else None
+        loss = AuroraLoss(options.loss, self.variant, steps_matter=repeats, lora_steps=lora_steps)
         model = build_model(options, variables)
         self.variant.attach(model)
         if options.hub and pretrained:
             load_hub(model, options, variables)
         model.to(device)
-        return Task(model=model, loss=loss, blocks=blocks(model), heads=heads(model, variables))
+        return Task(
+            model=model,
+            loss=loss,
+            blocks=blocks(model),
+            heads=heads(model, variables),
+            carry=AuroraCarry(model, self.variant),
+        )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
         """As the class converts them; None for fastft's own folders, which the core reads."""

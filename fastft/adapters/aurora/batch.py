@@ -75,8 +75,8 @@ def collate(
     }
 
 
-def first_state(data: Mapping[str, Any]) -> DeviceBatch:
-    """What the model starts from."""
+def first_state(data: Mapping[str, Any], rollout_step: int = 0) -> DeviceBatch:
+    """What the model starts from; `rollout_step`: after so many of its own steps."""
     return DeviceBatch(
         surf_vars=dict(data["surf"]),
         static_vars=dict(data["static"]),
@@ -87,6 +87,7 @@ def first_state(data: Mapping[str, Any]) -> DeviceBatch:
             # With a zone: the model embeds the timestamp, which else depends on the machine's zone.
             time=tuple(datetime.fromtimestamp(seconds, UTC) for seconds in data["time"]),
             atmos_levels=data["levels"],
+            rollout_step=rollout_step,
         ),
     )
 

@@ -118,6 +118,14 @@ class WeatherData:
         self._static, self._levels, self._steps = static, list(levels), steps
         self._process, self._opened = 0, dict[int, xr.Dataset]()
 
+    @property
+    def following(self) -> np.ndarray:
+        """Index of the sample one step after each, -1 where there is none."""
+        wanted = self.times + (self._steps[1] - self._steps[0])
+        places = np.searchsorted(self.times, wanted)
+        found = np.append(self.times, -1)[places] == wanted
+        return np.where(found, places, -1)
+
     def __len__(self) -> int:
         return len(self.times)
 

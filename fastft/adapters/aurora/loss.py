@@ -41,6 +41,7 @@ class AuroraLoss:
         variant: of the run's class, with its variables.
         steps_matter: whether the model depends on the number of the roll-out step. Where it does
             not, it is told none: compiled blocks are compiled anew for each.
+        lora_steps: up to which that holds; None: always.
 
     Raises:
         ConfigError: a weight of a variable that the run does not have, or one below 0.
@@ -52,8 +53,9 @@ class AuroraLoss:
         variant: Weather,
         *,
         steps_matter: bool,
+        lora_steps: int | None = None,
     ) -> None:
-        self._variant, self._steps_matter = variant, steps_matter
+        self._variant, self._steps_matter, self._lora_steps = variant, steps_matter, lora_steps
         self._pushforward = options.pushforward
         channels, surface = variant.channels, variant.variables.surf
         self._targets = (*variant.targets, *variant.variables.atmos)
@@ -81,11 +83,15 @@ class AuroraLoss:
         }
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Loss:
-        """The loss; predictions, in physical units, only without gradients, as in evaluations."""
+        """The loss.
+
+        Predictions, in physical units, only without gradients, as in evaluations, and of samples
+        from a replay buffer.
+        """
         targets = {name: batch[name] for name in self._targets}
         steps = next(iter(targets.values())).shape[1]
-        state = first_state(batch.data)
-        evaluating = not torch.is_grad_enabled()
+        state = first_state(batch.data, self._lead(batch, steps))
+        kept = not torch.is_grad_enabled() or bool(batch.leads)
         totals: list[Tensor] = []
         errors: list[dict[str, Tensor]] = []
         predictions: list[dict[str, Tensor]] = []
@@ -100,13 +106,33 @@ class AuroraLoss:
                 if not last:
                     state = self._next(model, state, predicted)
             errors.append({name: value.detach() for name, value in error.items()})
-            if evaluating:
-                predictions.append(values)
+            if kept:
+                predictions.append({name: value.detach() for name, value in values.items()})
         total = totals[-1] if self._pushforward else torch.stack(totals).mean()
         parts = {name: torch.stack([e[name] for e in errors]).mean() for name in errors[0]}
         if steps > 1:
             parts |= {f"step-{i + 1}": value.detach() for i, value in enumerate(totals)}
-        return Loss(total, parts, _joined(predictions) if evaluating else None)
+        return Loss(total, parts, _joined(predictions) if kept else None)
+
+    def _lead(self, batch: Batch, steps: int) -> int:
+        """Steps of the model before the batch's, where it depends on their number."""
+        if not batch.leads:
+            return 0
+        if not self._steps_matter:
+            if self._lora_steps is not None and max(batch.leads) + steps > self._lora_steps:
+                raise ConfigError(
+                    "data.replay.longest: must be low enough that the model's low-rank updates"
+                    f" cover all steps; got more than their {self._lora_steps}; lower it, or raise"
+                    " arguments.lora_steps"
+                )
+            return 0
+        if len(set(batch.leads)) > 1:
+            raise ConfigError(
+                "data.replay: samples of a batch must be carried on equally far, since the model"
+                f" depends on the roll-out step; got {', '.join(map(str, batch.leads))} steps; set"
+                " data.batch_size = 1 (and step.accumulate), or arguments.lora_mode = 'single'"
+            )
+        return batch.leads[0]
 
     def _errors(
         self, predicted: DeviceBatch, batch: Mapping[str, Any], step: int
