@@ -47,7 +47,8 @@ def assemble(
     if pretrained and path is not None:
         tensors = adapter.weights(path)
         weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
-        console.print(load_weights(task.model, weights, config.model, heads).table())
+        report = load_weights(task.model, weights, config.model, heads, task.added)
+        console.print(report.table())
     elif pretrained:
         console.print(
             "no model.checkpoint: the weights are the adapter's, random unless it says so"

@@ -168,6 +168,8 @@ class Task:
         layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
             one may take their place.
         carry: see `Carry`; None: `data.replay` is refused.
+        added: tensors beside the family's own, which a pretrained checkpoint need not have: where
+            it has none, they stay as built, and are reported as new.
     """
 
     model: nn.Module
@@ -179,6 +181,7 @@ class Task:
     layers: Mapping[str, int] | None = None
     layer_norms: tuple[type[nn.LayerNorm], ...] = ()
     carry: Carry | None = None
+    added: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

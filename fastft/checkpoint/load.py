@@ -33,7 +33,7 @@ class LoadReport:
         missing: left as initialised: not in the checkpoint.
         unexpected: in the checkpoint only, by the file's names.
         mismatched: left as initialised: other shape or kind of number in the checkpoint.
-        new: in new heads.
+        new: in new heads, or added to the model.
         coverage: share of the model's values outside new heads that were filled, 0 to 1.
         prefix: what was taken off the checkpoint's names.
         added: what was put before them, where the model holds the checkpoint's model inside.
@@ -81,6 +81,7 @@ def load_weights(
     weights: Weights,
     config: ModelConfig,
     new_heads: Mapping[str, NewHead],
+    added: Collection[str] = (),
 ) -> LoadReport:
     """Copies a checkpoint into the model and starts new heads, or raises and changes nothing.
 
@@ -88,6 +89,7 @@ def load_weights(
 
     Args:
         new_heads: module name -> how it starts; the checkpoint's tensors of that name are ignored.
+        added: tensors that stay as they are where the checkpoint has none of the name.
 
     Raises:
         ConfigError: new_heads does not fit the model.
@@ -99,7 +101,9 @@ def load_weights(
     target = {unwrapped(name): t for name, t in state.items() if isinstance(t, Tensor)}
     source = _rename(weights.tensors, target)
     heads = start_heads(model, target, {**weights.tensors, **source.tensors}, new_heads)
-    body = {name: tensor for name, tensor in target.items() if name not in heads.names}
+    absent = tuple(n for n in target if n in added and n not in {*source.tensors, *heads.names})
+    new = {*heads.names, *absent}
+    body = {name: tensor for name, tensor in target.items() if name not in new}
     differences = _differences(body, source.tensors)
     matched = [name for name in body if name in source.tensors and name not in differences]
     extra = [
@@ -109,7 +113,7 @@ def load_weights(
     ]
     report = LoadReport(
         path=weights.path,
-        new=tuple(heads.names),
+        new=(*heads.names, *absent),
         unexpected=tuple(source.originals[n] for n in extra if not is_under(n, new_heads)),
         prefix=source.prefix,
         added=source.added,

@@ -24,6 +24,7 @@ from fastft.adapters.aurora.carry import AuroraCarry
 from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, save
 from fastft.adapters.aurora.checks import weather_checks
 from fastft.adapters.aurora.data import open_weather
+from fastft.adapters.aurora.extend import extend, place_of
 from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
@@ -55,6 +56,9 @@ class AuroraAdapter:
 
     def __init__(self, options: AuroraOptions) -> None:
         self.options = options
+        # Of what `build` made.
+        self._added: Sequence[str] = ()
+        self._place = ""
         # Both raise ConfigError; before data are opened.
         constructor_arguments(options)
         self.variables = make_variables(options)
@@ -94,23 +98,39 @@ class AuroraAdapter:
         options, variables = self.options, self.variables
         repeats = steps_matter(options, options.rollout_steps)
         lora_steps = argument(options, "lora_steps") if argument(options, "use_lora") else None
-        loss = AuroraLoss(options.loss, self.variant, steps_matter=repeats, lora_steps=lora_steps)
         model = build_model(options, variables)
         self.variant.attach(model)
+        loss = AuroraLoss(
+            options.loss,
+            self.variant,
+            model.apply_rollout_input_clipping,
+            steps_matter=repeats,
+            lora_steps=lora_steps,
+        )
         if options.hub and pretrained:
             load_hub(model, options, variables)
-        model.to(device)
+        changed, added = extend(model, options.layer_norms, options.hook)
+        changed.to(device)
+        self._added, self._place = added, (place := place_of(changed))
         return Task(
-            model=model,
+            model=changed,
             loss=loss,
-            blocks=blocks(model),
-            heads=heads(model, variables),
+            blocks=blocks(model, place),
+            heads=[
+                *heads(model, variables, place),
+                *(n for n, _ in changed.named_parameters() if n in added),
+            ],
             carry=AuroraCarry(model, self.variant),
+            added=added,
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
         """As the class converts them; None for fastft's own folders, which the core reads."""
-        return read_weights(path, self.options)
+        tensors = read_weights(path, self.options)
+        if tensors is None:
+            return None
+        # A user's module may hold aurora's model.
+        return {n if n in self._added else f"{self._place}{n}": t for n, t in tensors.items()}
 
     def dataset(self, source: DataSource, split: Split) -> Dataset:
         """netCDF files or a Zarr store."""

@@ -246,21 +246,22 @@ def new_parameters(model: nn.Module, variables: Variables) -> dict[str, nn.Param
     }
 
 
-def heads(model: nn.Module, variables: Variables) -> list[str]:
-    """What belongs to new variables, else the heads of all."""
-    return list(new_parameters(model, variables)) or ["decoder.surf_heads", "decoder.atmos_heads"]
+def heads(model: nn.Module, variables: Variables, place: str = "") -> list[str]:
+    """What belongs to new variables, else the heads of all; `place`: before the model's names."""
+    usual = ["decoder.surf_heads", "decoder.atmos_heads"]
+    return [f"{place}{name}" for name in new_parameters(model, variables) or usual]
 
 
-def blocks(model: aurora.Aurora) -> list[Block]:
+def blocks(model: aurora.Aurora, place: str = "") -> list[Block]:
     """The Swin blocks in forward order; none changes its sizes from batch to batch."""
-    return list(_blocks(model))
+    return list(_blocks(model, place))
 
 
-def _blocks(model: aurora.Aurora) -> Iterator[Block]:
+def _blocks(model: aurora.Aurora, place: str) -> Iterator[Block]:
     for part in ("encoder_layers", "decoder_layers"):
         for i, layer in enumerate(getattr(model.backbone, part)):
             for j, block in enumerate(cast(Any, layer).blocks):
-                yield Block(f"backbone.{part}.{i}.blocks.{j}", block)
+                yield Block(f"{place}backbone.{part}.{i}.blocks.{j}", block)
 
 
 def _defaults(kind: type[aurora.Aurora]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fastft.adapters.aurora.build import (
     new_parameters,
     timestep_hours,
 )
+from fastft.adapters.aurora.extend import aurora_of, norms_of, place_of
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.variables import Variables
 from fastft.atomic import write_file_atomically
@@ -126,15 +127,20 @@ def save(model: nn.Module, options: AuroraOptions, variables: Variables, path: P
             f"--to: must end in {', '.join(_SUFFIXES)}, the format that aurora reads; got"
             f" '{path.suffix}'"
         )
+    place = place_of(model)
     # Copies: views would take the whole of their memory along.
-    state = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state_dict(model).items()}
+    state = {
+        name.removeprefix(place): tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in state_dict(model).items()
+    }
     if argument(options, "simulate_indexing_bug"):
         _share_static_z(state)
     _check_readable(state, options)
     torch.save(state, path)
     # The core writes under a temporary name first (`fastft.atomic`), and renames that file alone.
     target = path.with_name(path.name.removeprefix(".tmp-"))
-    text = json.dumps(_record(options, variables), indent=2) + "\n"
+    record = {**_record(options, variables), "layer_norms": norms_of(aurora_of(model))}
+    text = json.dumps(record, indent=2) + "\n"
     write_file_atomically(
         target.with_name(f"{target.name}.json"),
         lambda file: file.write_text(text, encoding="utf-8"),
@@ -257,6 +263,7 @@ def _record(options: AuroraOptions, variables: Variables) -> dict[str, Any]:
         "arguments": {**fixed_arguments(options, variables), **options.arguments},
         "timestep_hours": timestep_hours(options),
         "stabilise_level_agg": options.stabilise_level_agg,
+        "hook": options.hook,
         "max_history_size": argument(options, "max_history_size"),
         "surf_vars": list(variables.surf),
         "static_vars": list(variables.static),

@@ -12,9 +12,10 @@ of the variable gives 0.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import aurora
 import torch
 
 # Private, but the step of upstream's own roll-out; the package's version is pinned.
@@ -39,6 +40,7 @@ class AuroraLoss:
     Args:
         options: weights.
         variant: of the run's class, with its variables.
+        clip: the model's, of predictions before they are the next step's input.
         steps_matter: whether the model depends on the number of the roll-out step. Where it does
             not, it is told none: compiled blocks are compiled anew for each.
         lora_steps: up to which that holds; None: always.
@@ -51,12 +53,13 @@ class AuroraLoss:
         self,
         options: AuroraLossOptions,
         variant: Weather,
+        clip: Callable[[aurora.Batch], aurora.Batch],
         *,
         steps_matter: bool,
         lora_steps: int | None = None,
     ) -> None:
         self._variant, self._steps_matter, self._lora_steps = variant, steps_matter, lora_steps
-        self._pushforward = options.pushforward
+        self._clip, self._pushforward = clip, options.pushforward
         channels, surface = variant.channels, variant.variables.surf
         self._targets = (*variant.targets, *variant.variables.atmos)
         predicted = list(dict.fromkeys([*channels.values(), *channels]))
@@ -104,7 +107,7 @@ class AuroraLoss:
                 error = self._errors(predicted, batch.data, step)
                 totals.append(self._total(error))
                 if not last:
-                    state = self._next(model, state, predicted)
+                    state = self._next(state, predicted)
             errors.append({name: value.detach() for name, value in error.items()})
             if kept:
                 predictions.append({name: value.detach() for name, value in values.items()})
@@ -151,10 +154,9 @@ class AuroraLoss:
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._coefficients[n] * error for n, error in errors.items()]).sum()
 
-    def _next(self, model: nn.Module, state: Any, predicted: Any) -> Any:
+    def _next(self, state: Any, predicted: Any) -> Any:
         """The next step's input, as `aurora.rollout` makes it."""
-        clipped = cast(Any, model).apply_rollout_input_clipping(predicted)
-        state = _advance_batch(state, clipped)
+        state = _advance_batch(state, self._clip(predicted))
         if self._steps_matter:
             return state
         return dataclasses.replace(

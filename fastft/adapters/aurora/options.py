@@ -100,6 +100,20 @@ class AuroraOptions:
     stabilise_level_agg: Annotated[
         bool, Field(description="Normalise keys and queries where levels are aggregated.")
     ] = False
+    layer_norms: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Modules, `*` for any characters, whose output goes through an added layer"
+            " norm; its gate starts at 0, which leaves the output as it was."
+        ),
+    ] = ()
+    hook: Annotated[
+        str | None,
+        Field(
+            description="'file.py:function' of your own, which gets the model and changes it, or"
+            " returns a module around it."
+        ),
+    ] = None
     timestep_hours: Annotated[
         float | None, Field(gt=0, description="Lead time of a step; default: the class's.")
     ] = None

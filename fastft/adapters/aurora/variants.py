@@ -261,6 +261,7 @@ class V1p5(Weather):
 
     def attach(self, model: aurora.Aurora) -> None:
         """See `Weather.attach`."""
+        self._hours = model.timestep.total_seconds() / 3600
         names, update = self.decoded, aurora.AuroraV1p5._update_insolation
 
         def keep(self: Any, batch: aurora.Batch, pred: aurora.Batch) -> aurora.Batch:
@@ -275,9 +276,8 @@ class V1p5(Weather):
 
     def predict(self, model: nn.Module, state: DeviceBatch) -> DeviceBatch:
         """See `Weather.predict`."""
-        hours = cast(Any, model).timestep.total_seconds() / 3600
         field = next(iter(state.surf_vars.values()))
-        return model(state, torch.full((len(field),), hours, device=field.device))
+        return model(state, torch.full((len(field),), self._hours, device=field.device))
 
     def prescribe(
         self, predicted: DeviceBatch, targets: Mapping[str, Tensor], step: int

@@ -305,3 +305,24 @@ def test_heads_that_cannot_be_new():
     normed = nn.Sequential(nn.Linear(2, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match="reparametrised weights; use 'random'"):
         load(normed, normed.state_dict(), heads={"1": NewHead(init="zero")})
+
+
+def test_added_tensors_need_not_be_in_the_checkpoint() -> None:
+    tensors = pretrained()
+    own = {name: tensors.pop(name) for name in ("stem.weight", "stem.bias")}
+    model = Net()
+    before = state_of(model)
+    weights = Weights(Path("weights.pt"), "torch", tensors)
+    report = load_weights(model, weights, STRICT, {}, added=["stem.weight", "stem.bias"])
+    assert report.new == ("stem.weight", "stem.bias")
+    assert report.missing == ()
+    assert torch.equal(model.stem.weight, before["stem.weight"])
+    assert report.coverage == 1.0
+    # Where it has them, they are loaded as all others.
+    report = load_weights(
+        model, Weights(Path("weights.pt"), "torch", tensors | own), STRICT, {}, added=list(own)
+    )
+    assert report.new == ()
+    assert torch.equal(model.stem.weight, own["stem.weight"])
+    with pytest.raises(CheckpointError, match="1 missing in the checkpoint: stem"):
+        load_weights(model, weights, STRICT, {}, added=["stem.weight"])
