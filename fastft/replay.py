@@ -32,14 +32,14 @@ class ReplayBuffer:
         states = []
         for slot, lead in zip(batch.slots, batch.leads, strict=True):
             at, state = self._slots.get(slot, (0, None))
-            states.append(self._moved(state, self._device) if lead and at == lead else None)
+            states.append(_copied(state, self._device) if lead and at == lead else None)
         return self._carry.start(batch, states)
 
     def keep(self, batch: Batch, predictions: Any) -> None:
         """Keeps what the samples have become."""
         states = self._carry.states(batch, predictions)
         for slot, lead, state in zip(batch.slots, batch.leads, states, strict=True):
-            self._slots[slot] = lead + 1, self._moved(state, torch.device("cpu"))
+            self._slots[slot] = lead + 1, _copied(state, torch.device("cpu"))
 
     def state_dict(self) -> dict[str, Any]:
         """Slots with their states; empty where they are not saved."""
@@ -53,8 +53,11 @@ class ReplayBuffer:
         """Takes what `state_dict` gave."""
         self._slots = {int(slot): (lead, fields) for slot, (lead, fields) in state.items()}
 
-    def _moved(self, state: Any, device: torch.device) -> Any:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
 
-        return tree_map_only(Tensor, move, state)
+def _copied(state: Any, device: torch.device) -> Any:
+    """A copy, so that no view takes its whole batch along."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True, copy=True)
+
+    return tree_map_only(Tensor, copy, state)

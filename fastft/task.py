@@ -102,7 +102,7 @@ class Carry(Protocol):
         ...
 
     def states(self, batch: Batch, predictions: Any, /) -> Sequence[Any]:
-        """What each sample starts from one step later: pytrees of new, detached tensors."""
+        """What each sample starts from one step later: pytrees of detached tensors."""
         ...
 
 

@@ -71,13 +71,18 @@ def make_replay_order(
     """The order of a run with a replay buffer.
 
     Raises:
-        ConfigError: a data set does not say which sample follows which.
+        ConfigError: a data set does not say which sample follows which, or in none does any.
     """
     following = [getattr(source.raw, "following", None) for source in sources]
     if mute := [s.name for s, f in zip(sources, following, strict=True) if f is None]:
         raise ConfigError(
             f"data.replay: data sets must say which sample follows which (`following`); got none"
             f" from {', '.join(mute)}; leave data.replay out, or give the adapter's data set one"
+        )
+    if not any((np.asarray(each) >= 0).any() for each in following):
+        raise ConfigError(
+            "data.replay: samples must follow each other by one step of the model; got none that"
+            " does; read data without gaps or strides, or leave data.replay out"
         )
     fresh = replace(order, batch_size=1, mixing="sample")
     return ReplayOrder(fresh, [np.asarray(f) for f in following], order.batch_size, settings)

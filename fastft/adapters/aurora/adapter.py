@@ -79,7 +79,8 @@ class AuroraAdapter:
         known = {key: _with_some_statistics(table) for key, table in tables.items()}
         adapter = cls(dataclasses.replace(options, rollout_steps=1, **known))
         found = compute_statistics(adapter.dataset(sources[0], "train"), most)
-        return format_statistics({n: s for n, s in found.items() if not wanted or n in wanted})
+        wanted = wanted or {*adapter.variables.surf, *adapter.variables.atmos}
+        return format_statistics({n: s for n, s in found.items() if n in wanted})
 
     def build(
         self,

@@ -193,7 +193,7 @@ def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
         "static_vars": variables.static,
         "atmos_vars": variables.atmos,
         "surf_stats": {name: tuple(pair) for name, pair in variables.given.items()},
-        "stabilise_level_agg": options.stabilise_level_agg,
+        "stabilise_level_agg": stabilised(options),
         "timestep": timedelta(hours=timestep_hours(options)),
     }
     variables.register()
@@ -224,6 +224,12 @@ def timestep_hours(options: AuroraOptions) -> float:
     """The lead time of a step."""
     default: timedelta = _defaults(model_class(options))["timestep"]
     return options.timestep_hours or default.total_seconds() / 3600
+
+
+def stabilised(options: AuroraOptions) -> bool:
+    """Whether keys and queries are normalised where levels are aggregated."""
+    default: bool = _defaults(model_class(options))["stabilise_level_agg"]
+    return default if options.stabilise_level_agg is None else options.stabilise_level_agg
 
 
 def new_parameters(model: nn.Module, variables: Variables) -> dict[str, nn.Parameter]:

@@ -61,7 +61,7 @@ class AuroraCarry:
             for kind in names
         }
         return [
-            {kind: {n: v[i].clone() for n, v in each.items()} for kind, each in histories.items()}
+            {kind: {n: v[i] for n, v in each.items()} for kind, each in histories.items()}
             for i in range(batch.size)
         ]
 

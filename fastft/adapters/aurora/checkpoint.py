@@ -19,6 +19,7 @@ from fastft.adapters.aurora.build import (
     fixed_arguments,
     model_class,
     new_parameters,
+    stabilised,
     timestep_hours,
 )
 from fastft.adapters.aurora.extend import aurora_of, norms_of, place_of
@@ -262,7 +263,7 @@ def _record(options: AuroraOptions, variables: Variables) -> dict[str, Any]:
         "model_class": options.model_class,
         "arguments": {**fixed_arguments(options, variables), **options.arguments},
         "timestep_hours": timestep_hours(options),
-        "stabilise_level_agg": options.stabilise_level_agg,
+        "stabilise_level_agg": stabilised(options),
         "hook": options.hook,
         "max_history_size": argument(options, "max_history_size"),
         "surf_vars": list(variables.surf),

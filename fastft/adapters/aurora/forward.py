@@ -129,9 +129,12 @@ class _Torch:
 
 def _with_names(function: Any, **names: Any) -> Any:
     """The function in a copy of its module's namespace, in which `names` mean something else."""
+    scope = {**function.__globals__, **names}
+    # Dynamo would look names up in the module that the scope is named after.
+    del scope["__name__"]
     made = FunctionType(
         function.__code__,
-        {**function.__globals__, **names},
+        scope,
         function.__name__,
         function.__defaults__,
         function.__closure__,

@@ -98,8 +98,12 @@ class AuroraOptions:
         ),
     ] = "zero"
     stabilise_level_agg: Annotated[
-        bool, Field(description="Normalise keys and queries where levels are aggregated.")
-    ] = False
+        bool | None,
+        Field(
+            description="Normalise keys and queries where levels are aggregated; default: the"
+            " class's, true of AuroraWave."
+        ),
+    ] = None
     layer_norms: Annotated[
         tuple[str, ...],
         Field(

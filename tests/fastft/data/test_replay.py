@@ -127,12 +127,26 @@ def test_loader(workers: int, tmp_path: Path, adapter_of: Any) -> None:
     assert batches[0].to(CPU).leads == batches[0].leads
 
 
-def test_data_that_follow_nothing(write_npz: Callable[..., DataSource], adapter_of: Any) -> None:
+class Alone(Rows):
+    following = np.full(4, -1)
+
+
+def test_data_that_follow_nothing(
+    write_npz: Callable[..., DataSource], tmp_path: Path, adapter_of: Any
+) -> None:
     data = DataConfig(train=(write_npz(x=np.zeros(4)),), batch_size=2, replay=ReplayConfig())
     with pytest.raises(
         ConfigError, match=r"must say which sample follows which .*got none from data"
     ):
         open_loader(adapter_of(), data, seed=0, device=CPU)
+    adapter = adapter_of(open=lambda source: Alone())
+    alone = DataConfig(
+        train=(DataSource(path=tmp_path, format="adapter"),), batch_size=2, replay=ReplayConfig()
+    )
+    with pytest.raises(
+        ConfigError, match=r"must follow each other by one step .* got none that does"
+    ):
+        open_loader(adapter, alone, seed=0, device=CPU)
     with pytest.raises(ValueError, match=r"replay.size must be at least batch_size; got 1 and 2"):
         DataConfig(train=data.train, batch_size=2, replay=ReplayConfig(size=1))
 

@@ -11,6 +11,7 @@ from waits import Waits
 
 from fastft.adapters.aurora.batch import first_state
 from fastft.adapters.aurora.checkpoint import _record
+from fastft.adapters.aurora.forward import DeviceBatch
 from fastft.errors import AdapterError, DataError
 from fastft.task import Batch
 
@@ -94,3 +95,42 @@ def test_what_is_checked_on_the_host(make_adapter: Any, build: Any, make_samples
     )
     with pytest.raises(AdapterError, match=r"within 1 minute and 3 weeks.*; got 1000; correct it"):
         build(make_adapter(timestep_hours=1000.0))
+
+
+def test_the_whole_model_compiles_to_the_same(
+    make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    """Dynamo finds the replaced names, and breaks at dates alone."""
+    adapter = make_adapter(arguments={"encoder_depths": [1, 1], "decoder_depths": [1, 1]})
+    model = build(adapter).model
+    state = first_state(adapter.collate(make_samples(adapter)))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        expected, compiled = model(state), torch.compile(model, backend="eager")(state)
+    assert type(compiled) is DeviceBatch
+    assert all(torch.equal(values(compiled)[n], value) for n, value in values(expected).items())
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert breaks
+    assert all("datetime" in reason or "timedelta" in reason for reason in breaks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["AuroraPretrained", "AuroraHighRes"])
+def test_a_gpu_is_not_waited_for(name: str, make_adapter: Any, make_samples: Any) -> None:
+    adapter = make_adapter(model_class=name, rollout_steps=2, arguments={"patch_size": 4})
+    device = torch.device("cuda")
+    task = adapter.build(None, device=device, checkpoint=None, pretrained=False)
+    samples = make_samples(adapter)
+    batch = Batch(adapter.collate(samples), 2).to(device)
+    with torch.no_grad():
+        ours, theirs = task.model(first_state(batch.data)), task.model(upstream_batch(samples))
+    assert all(torch.equal(values(ours)[n], value) for n, value in values(theirs).items())
+    # Masks of shifted windows are made, and kept, at the first call.
+    task.loss(task.model, batch).total.backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task.loss(task.model, batch).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
