@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +10,7 @@ from typing import Any, cast
 import aurora
 import safetensors.torch
 import torch
+from aurora.normalisation import level_to_str
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ def read_weights(path: Path, options: AuroraOptions) -> dict[str, Tensor] | None
     """A checkpoint's tensors under the present names, as the class itself converts them.
 
     That takes off the prefix 'net.', splits embeddings and heads that old files number by
-    variable, and fills up a shorter history with zeros.
+    variable, and fills up a shorter history with zeros. Where the model has embeddings and heads of
+    each level (`level_condition`) and the file has one for all, each level gets a copy.
 
     Returns:
         None where the file is no flat dict of Aurora's tensors; the core then reads it.
@@ -54,7 +56,12 @@ def read_weights(path: Path, options: AuroraOptions) -> dict[str, Tensor] | None
     if embedding is None:
         return None
     try:
-        tensors = _adapt(tensors, options, embedding.shape[-1])
+        levels = argument(options, "level_condition") if _has_no_levels(tensors) else None
+        # AuroraAirPollution's own way asks for levels.
+        kind = aurora.Aurora if levels and _is_air_pollution(options) else model_class(options)
+        tensors = _adapt(tensors, options, embedding.shape[-1], kind)
+        if levels:
+            tensors = _spread_over_levels(tensors, [level_to_str(level) for level in levels])
     except (AssertionError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: must be a checkpoint that {options.model_class} reads, with its own variables"
@@ -204,7 +211,8 @@ def _check_readable(state: dict[str, Tensor], options: AuroraOptions) -> None:
         ConfigError: with what it changes.
     """
     try:
-        read = _adapt(dict(state), options, argument(options, "patch_size"))
+        kind = model_class(options)
+        read = _adapt(dict(state), options, argument(options, "patch_size"), kind)
         changed = [n for n, t in state.items() if n not in read or not torch.equal(read[n], t)]
     except KeyError as error:
         changed = [str(error.args[0])]
@@ -217,12 +225,35 @@ def _check_readable(state: dict[str, Tensor], options: AuroraOptions) -> None:
 
 
 def _adapt(
-    tensors: dict[str, Tensor], options: AuroraOptions, patch_size: int
+    tensors: dict[str, Tensor], options: AuroraOptions, patch_size: int, kind: type[aurora.Aurora]
 ) -> dict[str, Tensor]:
-    """What the class's `load_checkpoint_local` makes of a file's tensors."""
+    """What a class's `load_checkpoint_local` makes of a file's tensors."""
     names = default_variables(options)
     stand_in = SimpleNamespace(patch_size=patch_size, **names)
-    return model_class(options)._adapt_checkpoint(cast(aurora.Aurora, stand_in), tensors)
+    return cast(Any, kind)._adapt_checkpoint(stand_in, tensors)
+
+
+def _is_air_pollution(options: AuroraOptions) -> bool:
+    return model_class(options) is aurora.AuroraAirPollution
+
+
+def _has_no_levels(tensors: Mapping[str, Tensor]) -> bool:
+    return not any(n.startswith(_EMBEDDINGS[1][:-1]) and ".layers." in n for n in tensors)
+
+
+def _spread_over_levels(tensors: Mapping[str, Tensor], levels: Sequence[str]) -> dict[str, Tensor]:
+    """Embeddings and heads of all levels together as those of each."""
+    spread: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_EMBEDDINGS[1]):
+            first, rest = _EMBEDDINGS[1][:-1], name.removeprefix(_EMBEDDINGS[1])
+        elif name.startswith("decoder.atmos_heads."):
+            first, _, rest = name.rpartition(".")
+        else:
+            spread[name] = tensor
+            continue
+        spread |= {f"{first}.layers.{level}.{rest}": tensor for level in levels}
+    return spread
 
 
 def _height(level: str) -> float:

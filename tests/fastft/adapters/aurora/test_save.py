@@ -127,6 +127,34 @@ def test_first_checkpoints_and_shorter_histories(
         adapter.weights(tmp_path / "odd.ckpt")
 
 
+def test_levels_of_their_own_start_alike(
+    tmp_path: Path, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    plain = make_adapter()
+    task, samples = build(plain), make_samples(plain)
+    plain.save(task, tmp_path / "plain.ckpt")
+    adapter = make_adapter(arguments={"level_condition": [500, 850, 1000]})
+    model = build(adapter)
+    model.model.load_state_dict(dict(adapter.weights(tmp_path / "plain.ckpt")), strict=True)
+    ours, theirs = predict(model, adapter, samples), predict(task, plain, samples)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4 * value.std().item())
+
+    # From weather to air pollution: all but what is new, and patches of another size.
+    pollution = make_adapter(model_class="AuroraAirPollution", arguments={"use_lora": False})
+    other = build(pollution)
+    tensors = dict(pollution.weights(tmp_path / "plain.ckpt"))
+    report = load_weights(
+        other.model,
+        Weights(tmp_path / "plain.ckpt", "torch", tensors),
+        ModelConfig(adapter="aurora", strict=False, min_coverage=0.1),
+        {},
+    )
+    assert report.unexpected == ()
+    assert all(".surf_" in n or ".atmos_" in n for n in report.mismatched)
+    assert not [name for name in report.missing if name.startswith("backbone.")]
+
+
 def test_other_files_are_the_cores(tmp_path: Path, make_adapter: Any) -> None:
     adapter = make_adapter()
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "nested.ckpt")
