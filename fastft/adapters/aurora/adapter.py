@@ -17,8 +17,8 @@ from fastft.adapters.aurora.build import (
     heads,
     make_variables,
     make_variant,
-    steps_matter,
     timestep_hours,
+    told_step,
 )
 from fastft.adapters.aurora.carry import AuroraCarry
 from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, save
@@ -97,16 +97,13 @@ class AuroraAdapter:
                 " some; remove them, and see model.options.loss"
             )
         options, variables = self.options, self.variables
-        repeats = steps_matter(options, options.rollout_steps)
-        lora_steps = argument(options, "lora_steps") if argument(options, "use_lora") else None
         model = build_model(options, variables)
         self.variant.attach(model)
         loss = AuroraLoss(
             options.loss,
             self.variant,
-            model.apply_rollout_input_clipping,
-            steps_matter=repeats,
-            lora_steps=lora_steps,
+            clip=model.apply_rollout_input_clipping,
+            told_step=told_step(options),
         )
         if options.hub and pretrained:
             load_hub(model, options, variables)

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import MethodType
 from typing import Any, cast
@@ -329,11 +329,18 @@ def _hold_masks_constant() -> None:
     swin3d.compute_3d_shifted_window_mask = held
 
 
-def steps_matter(options: AuroraOptions, steps: int) -> bool:
-    """Whether the model computes differently at different roll-out steps."""
-    chosen: Mapping[str, Any] = {n: argument(options, n) for n in ("use_lora", "lora_mode")}
-    lora = chosen["use_lora"] and (
-        chosen["lora_mode"] != "single" or steps > argument(options, "lora_steps")
-    )
-    clamps = argument(options, "positive_surf_vars") or argument(options, "positive_atmos_vars")
-    return bool(lora or clamps)
+def told_step(options: AuroraOptions) -> Callable[[int], int]:
+    """Roll-out step -> the first at which the model computes as it does there.
+
+    It is told that one, since compiled blocks are compiled anew for each that they are told.
+    """
+    names = ("use_lora", "lora_mode", "lora_steps", "positive_surf_vars", "positive_atmos_vars")
+    lora, mode, most, *positive = (argument(options, name) for name in names)
+    from_second = any(positive) or (lora and mode == "from_second")
+
+    def told(step: int) -> int:
+        if lora and (step >= most or mode == "all"):
+            return min(step, most)
+        return min(step, 1) if from_second else 0
+
+    return told

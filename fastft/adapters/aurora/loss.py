@@ -41,9 +41,7 @@ class AuroraLoss:
         options: weights.
         variant: of the run's class, with its variables.
         clip: the model's, of predictions before they are the next step's input.
-        steps_matter: whether the model depends on the number of the roll-out step. Where it does
-            not, it is told none: compiled blocks are compiled anew for each.
-        lora_steps: up to which that holds; None: always.
+        told_step: what the model is told of the number of a roll-out step.
 
     Raises:
         ConfigError: a weight of a variable that the run does not have, or one below 0.
@@ -53,13 +51,12 @@ class AuroraLoss:
         self,
         options: AuroraLossOptions,
         variant: Weather,
-        clip: Callable[[aurora.Batch], aurora.Batch],
         *,
-        steps_matter: bool,
-        lora_steps: int | None = None,
+        clip: Callable[[aurora.Batch], aurora.Batch],
+        told_step: Callable[[int], int],
     ) -> None:
-        self._variant, self._steps_matter, self._lora_steps = variant, steps_matter, lora_steps
-        self._clip, self._pushforward = clip, options.pushforward
+        self._variant, self._clip, self._told_step = variant, clip, told_step
+        self._pushforward = options.pushforward
         channels, surface = variant.channels, variant.variables.surf
         self._targets = (*variant.targets, *variant.variables.atmos)
         predicted = list(dict.fromkeys([*channels.values(), *channels]))
@@ -93,7 +90,8 @@ class AuroraLoss:
         """
         targets = {name: batch[name] for name in self._targets}
         steps = next(iter(targets.values())).shape[1]
-        state = first_state(batch.data, self._lead(batch, steps))
+        numbers = self._step_numbers(batch.leads or (0,), steps)
+        state = first_state(batch.data, numbers[0])
         kept = not torch.is_grad_enabled() or bool(batch.leads)
         totals: list[Tensor] = []
         errors: list[dict[str, Tensor]] = []
@@ -107,7 +105,7 @@ class AuroraLoss:
                 error = self._errors(predicted, batch.data, step)
                 totals.append(self._total(error))
                 if not last:
-                    state = self._next(state, predicted)
+                    state = self._next(state, predicted, numbers[step + 1])
             errors.append({name: value.detach() for name, value in error.items()})
             if kept:
                 predictions.append({name: value.detach() for name, value in values.items()})
@@ -117,25 +115,16 @@ class AuroraLoss:
             parts |= {f"step-{i + 1}": value.detach() for i, value in enumerate(totals)}
         return Loss(total, parts, _joined(predictions) if kept else None)
 
-    def _lead(self, batch: Batch, steps: int) -> int:
-        """Steps of the model before the batch's, where it depends on their number."""
-        if not batch.leads:
-            return 0
-        if not self._steps_matter:
-            if self._lora_steps is not None and max(batch.leads) + steps > self._lora_steps:
-                raise ConfigError(
-                    "data.replay.longest: must be low enough that the model's low-rank updates"
-                    f" cover all steps; got more than their {self._lora_steps}; lower it, or raise"
-                    " arguments.lora_steps"
-                )
-            return 0
-        if len(set(batch.leads)) > 1:
+    def _step_numbers(self, leads: tuple[int, ...], steps: int) -> list[int]:
+        """What the model is told of each step's number."""
+        told = [{self._told_step(lead + step) for lead in leads} for step in range(steps)]
+        if any(len(numbers) > 1 for numbers in told):
             raise ConfigError(
                 "data.replay: samples of a batch must be carried on equally far, since the model"
-                f" depends on the roll-out step; got {', '.join(map(str, batch.leads))} steps; set"
-                " data.batch_size = 1 (and step.accumulate), or arguments.lora_mode = 'single'"
+                f" depends on the roll-out step; got {', '.join(map(str, leads))} steps; set"
+                " data.batch_size = 1 (and step.accumulate)"
             )
-        return batch.leads[0]
+        return [numbers.pop() for numbers in told]
 
     def _errors(
         self, predicted: DeviceBatch, batch: Mapping[str, Any], step: int
@@ -154,14 +143,11 @@ class AuroraLoss:
     def _total(self, errors: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._coefficients[n] * error for n, error in errors.items()]).sum()
 
-    def _next(self, state: Any, predicted: Any) -> Any:
+    def _next(self, state: Any, predicted: Any, number: int) -> Any:
         """The next step's input, as `aurora.rollout` makes it."""
         state = _advance_batch(state, self._clip(predicted))
-        if self._steps_matter:
-            return state
-        return dataclasses.replace(
-            state, metadata=dataclasses.replace(state.metadata, rollout_step=0)
-        )
+        metadata = dataclasses.replace(state.metadata, rollout_step=number)
+        return dataclasses.replace(state, metadata=metadata)
 
 
 def _mean(pair: Pair, over: tuple[int, ...]) -> Tensor:

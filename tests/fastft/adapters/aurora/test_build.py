@@ -62,11 +62,24 @@ def test_blocks_are_in_forward_order(make_adapter: Any, build: Any, make_samples
     assert len(kinds) == len(called) == 6
 
 
-@pytest.mark.parametrize("rollout_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("rollout_steps", "settings", "expected"),
+    [
+        (1, {}, 3),
+        (2, {}, 3),
+        # Without the low-rank updates and with them, in the first step and all others.
+        (3, {"model_class": "Aurora", "arguments": {"lora_mode": "from_second"}}, 6),
+    ],
+)
 def test_blocks_compile(
-    rollout_steps: int, make_adapter: Any, build: Any, make_samples: Any
+    rollout_steps: int,
+    settings: dict[str, Any],
+    expected: int,
+    make_adapter: Any,
+    build: Any,
+    make_samples: Any,
 ) -> None:
-    adapter = make_adapter(rollout_steps=rollout_steps)
+    adapter = make_adapter(rollout_steps=rollout_steps, **settings)
     task = build(adapter)
     batch = Batch(adapter.collate(make_samples(adapter)), 2)
 
@@ -93,7 +106,7 @@ def test_blocks_compile(
         )
     compiled, others = run()
     # Two depths of the network, the first one shifted and not; a second step makes no new ones.
-    assert len(graphs) == 3
+    assert len(graphs) == expected
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-6)
