@@ -55,7 +55,7 @@ class ReplayConfig:
         Count, describe("Micro-batches after which fresh data take the oldest sample's place.")
     ] = 10
     longest: Annotated[
-        Count, describe("Steps that a sample is carried on at most, before it is fresh again.")
+        Count, describe("Steps that are predicted from a sample, before fresh data take its place.")
     ] = 40
     save: Annotated[
         bool,
@@ -112,8 +112,10 @@ class DataConfig:
                 f"samples_per_step must be a multiple of batch_size; got {self.samples_per_step}"
                 f" and {self.batch_size}; change one"
             )
-        if self.replay is not None and self.replay.size < self.micro_batch:
+        # What fits may be all of a step's samples.
+        largest = self.samples_per_step if self.batch_size == "fit" else self.batch_size
+        if self.replay is not None and self.replay.size < (largest or 1):
             raise ValueError(
-                f"replay.size must be at least batch_size; got {self.replay.size} and"
-                f" {self.batch_size}; raise it"
+                f"replay.size must be at least that of a batch; got {self.replay.size} and"
+                f" {largest}; raise it"
             )

@@ -147,8 +147,11 @@ def test_data_that_follow_nothing(
         ConfigError, match=r"must follow each other by one step .* got none that does"
     ):
         open_loader(adapter, alone, seed=0, device=CPU)
-    with pytest.raises(ValueError, match=r"replay.size must be at least batch_size; got 1 and 2"):
-        DataConfig(train=data.train, batch_size=2, replay=ReplayConfig(size=1))
+    small = ReplayConfig(size=1)
+    with pytest.raises(ValueError, match=r"size must be at least that of a batch; got 1 and 2"):
+        DataConfig(train=data.train, batch_size=2, replay=small)
+    with pytest.raises(ValueError, match=r"size must be at least that of a batch; got 1 and 8"):
+        DataConfig(train=data.train, batch_size="fit", samples_per_step=8, replay=small)
 
 
 def test_predictions_that_are_no_data() -> None:
