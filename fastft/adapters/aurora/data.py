@@ -23,10 +23,10 @@ from fastft.adapters.aurora.files import (
     Series,
     find_files,
     iso,
-    open_file,
     read_part,
 )
 from fastft.adapters.aurora.grid import Grid
+from fastft.adapters.aurora.handles import open_file
 from fastft.config import DataSource
 from fastft.errors import ConfigError, DataError, nearest
 from fastft.runfile import parse
@@ -172,7 +172,8 @@ class WeatherData:
             self._process, self._opened = os.getpid(), {}
         if number not in self._opened:
             if len(self._opened) >= OPEN_FILES:
-                self._opened.pop(next(iter(self._opened))).close()
+                # Closed where nobody else has it.
+                self._opened.pop(next(iter(self._opened)))
             self._opened[number] = open_file(self._paths[number])
         return self._opened[number]
 

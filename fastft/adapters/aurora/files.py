@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from fastft.adapters.aurora.grid import Grid, as_slice, make_grid
+from fastft.adapters.aurora.handles import is_zarr, looked_into
 from fastft.errors import DataError
 
 # Kind, variable: geopotential is a static variable and an atmospheric one.
@@ -115,19 +116,6 @@ def find_files(where: str, path: Path, pattern: str | None, static: Path | None)
     return [p for p in found if p != static] + ([static] if static else [])
 
 
-def is_zarr(path: Path) -> bool:
-    """Whether a folder is a Zarr store, of format 2 or 3."""
-    marks = (".zgroup", ".zmetadata", "zarr.json")
-    return path.is_dir() and any((path / mark).exists() for mark in marks)
-
-
-def open_file(path: Path) -> xr.Dataset:
-    """Opens lazily; to be closed, and never to be shared between processes."""
-    # Local Zarr stores need no consolidated metadata.
-    how = {"engine": "zarr", "consolidated": False} if is_zarr(path) else {"engine": "netcdf4"}
-    return xr.open_dataset(path, cache=False, decode_timedelta=False, **how)  # type: ignore[arg-type]
-
-
 def read_part(variable: xr.Variable, part: Part, rows: np.ndarray) -> np.ndarray:
     """The rows' values as `[len(rows), (C,) lat, lon]`; without a time dimension `[lat, lon]`."""
     chosen: dict[str, Any] = {str(d): 0 for d in variable.dims if d not in part.dims.values()}
@@ -189,7 +177,7 @@ class Scan:
             keys = [key for key in keys if (key[0] == "static") == (path == alone)]
         self._paths[number] = path
         try:
-            with open_file(path) as data:
+            with looked_into(path) as data:
                 self._look(number, path, data, keys)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             # What it holds is not known.

@@ -1,13 +1,17 @@
 """A tiny Aurora, and weather that nobody measured."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from aurora import normalisation
 from torch import nn
+from weather_files import make_data, write
 
 from fastft.adapters.aurora import AuroraAdapter, AuroraOptions
 from fastft.runfile import parse
@@ -70,6 +74,53 @@ def make_samples() -> Callable[..., list[Sample]]:
         return [synthetic(adapter, np.random.default_rng(i), i, **settings) for i in range(count)]
 
     return make
+
+
+@pytest.fixture
+def weather_run(project: Path, make_adapter: Any) -> str:
+    """A run file of two steps over a small netCDF file, in the current folder."""
+    data = make_data()
+    for name, location, scale in (("t2m", 280, 10), ("msl", 1e5, 1e3), ("t", 260, 10)):
+        data[name] = location + scale * data[name]
+    data["z"] = (("time", "level", "latitude", "longitude"), data["z"].values * 1e3 + 3e4)
+    data["z"][:, 0] += 2e4
+    data["lsm"] = (data["lsm"] > 0).astype(np.float32)
+    write(project, data)
+    source = {"path": "era5.nc", "options": {"rename": {"static.z": "zs"}}}
+    later = {"path": "era5.nc", "options": {**source["options"], "start": "2020-01-02"}}
+    tree = {
+        "run": {"folder": "run", "steps": 2, "device": "cpu"},
+        "model": {
+            "adapter": "aurora",
+            "options": {
+                "levels": list(LEVELS),
+                "surf_vars": ["2t", "msl"],
+                "static_vars": ["lsm", "z"],
+                "atmos_vars": ["t", "z"],
+                "rollout_steps": 2,
+                "arguments": dict(make_adapter().options.arguments),
+            },
+        },
+        "data": {
+            "train": [source],
+            "validation": [later],
+            "batch_size": 2,
+            "checks": {"ignore": ["leakage"]},
+        },
+        "optim": {"lr": 0.001},
+        "evaluate": {"metrics": [{"name": "rmse", "prediction": "2t", "target": "2t"}]},
+    }
+    Path("weather.toml").write_text(tomli_w.dumps(tree))
+    return "weather.toml"
+
+
+@pytest.fixture
+def norway() -> Path:
+    """The folder with a week of ERA5 over Norway: its surface, and static fields."""
+    folder = os.environ.get("FASTFT_DATA")
+    if not folder or not (path := Path(folder) / "weather").is_dir():
+        pytest.skip("needs the real ERA5 sample: FASTFT_DATA is not set, or has no weather")
+    return path
 
 
 def wake(model: nn.Module) -> None:

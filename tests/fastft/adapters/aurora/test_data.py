@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from weather_files import LAT, LON, TIMES, make_data, opened, same, seconds, write
 
 from fastft.adapters.aurora import data as weather_data
-from fastft.adapters.aurora import files
+from fastft.adapters.aurora import handles
 from fastft.adapters.aurora.checks import aurora_locations, weather_checks
 from fastft.adapters.aurora.stats import compute_statistics
 from fastft.task import CheckData
@@ -246,7 +246,7 @@ def test_each_process_opens_its_own_files(tmp_path: Path, monkeypatch: pytest.Mo
     read = opened(write(tmp_path, make_data()))
     calls: list[int] = []
     monkeypatch.setattr(
-        weather_data, "open_file", lambda path: calls.append(1) or files.open_file(path)
+        weather_data, "open_file", lambda path: calls.append(1) or handles.open_file(path)
     )
     first = read[0]
     assert same(read[0], first)
@@ -254,6 +254,22 @@ def test_each_process_opens_its_own_files(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert same(read[0], first)
     assert len(calls) == 2
+
+
+def test_one_file_in_several_data_sets(tmp_path: Path) -> None:
+    """While one reads, another that looks into the same files must not close them."""
+    data = make_data()
+    write(tmp_path, data[["z"]], "files/a.nc")
+    write(tmp_path, data[["t2m", "lsm"]], "files/b.nc")
+    options: dict[str, Any] = {"rename": {}}
+    names = {"surf_vars": ("2t",), "static_vars": ("lsm",), "atmos_vars": ("z",)}
+    first = opened(tmp_path / "files", options, **names)
+    sample = first[0]
+    second = opened(tmp_path / "files", {**options, "start": "2020-01-01T12:00"}, **names)
+    assert same(second[0], first[2])
+    assert same(first[0], sample)
+    handles = [set(map(id, read._opened.values())) for read in (first, second)]
+    assert handles[0] == handles[1] != set()
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,14 +314,6 @@ def test_a_sample_may_be_changed_in_place(tmp_path: Path) -> None:
     lat += 1
     assert not same(read[0], first)
     assert same(read[0], opened(tmp_path / "era5.nc")[0])
-
-
-@pytest.fixture
-def norway() -> Path:
-    folder = os.environ.get("FASTFT_DATA")
-    if not folder or not (path := Path(folder) / "weather").is_dir():
-        pytest.skip("needs the real ERA5 sample: FASTFT_DATA is not set, or has no weather")
-    return path
 
 
 def test_real_era5(norway: Path) -> None:
