@@ -21,7 +21,7 @@ from fastft.optim import Optimizer, group_table, make_groups
 from fastft.precision import Precision, make_precision
 from fastft.replay import ReplayBuffer
 from fastft.step import TrainingStep
-from fastft.task import Adapter, FieldSpec, Split, Task
+from fastft.task import Adapter, FieldSpec, Report, Split, Task
 
 
 def assemble(
@@ -36,6 +36,7 @@ def assemble(
         pretrained: False where a run's own checkpoint is loaded over everything anyway.
     """
     adapter = find_adapter(config.model)
+    make_report(adapter, config)
     path, heads = config.model.checkpoint, config.finetune.new_heads
     task = adapter.build(
         make_criterion(config.loss, device),
@@ -83,6 +84,23 @@ def build_step(
     replay = make_replay(config, task, device)
     step = TrainingStep(task, optimizer, penalty, config.gradients, precision, kernels, replay)
     return step, forwards
+
+
+def make_report(adapter: Adapter, config: RunConfig) -> Report | None:
+    """The adapter's report for `fastft evaluate`; None where it has none.
+
+    Raises:
+        ConfigError: `[evaluate.options]` that it does not take.
+    """
+    make = getattr(adapter, "report", None)
+    if make is not None:
+        return make(config.evaluate.options, config.data.train)
+    if config.evaluate.options:
+        raise ConfigError(
+            f"evaluate.options: must be absent, since the adapter '{config.model.adapter}' has no"
+            f" report; got {', '.join(config.evaluate.options)}; remove them"
+        )
+    return None
 
 
 def make_replay(config: RunConfig, task: Task, device: torch.device) -> ReplayBuffer | None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastft.assemble import assemble, open_split
-from fastft.atomic import write_file_atomically
+from fastft.assemble import assemble, make_report, open_split
+from fastft.atomic import write_file_atomically, written_whole
 from fastft.blocks import compile_task
 from fastft.checkpoint import (
     best_checkpoint,
@@ -25,17 +25,20 @@ from fastft.finetune import merge_lora
 from fastft.fused import fuse_layer_norms
 from fastft.loop import score
 from fastft.memory import fitted_before
-from fastft.metrics import make_metrics
+from fastft.metrics import make_metrics, write_events
 from fastft.names import load_state_dict
 from fastft.precision import make_precision
 from fastft.runtime import find_device, seed_everything
-from fastft.task import Adapter, Split, Task
+from fastft.task import Adapter, Split, Task, TextTable
 
 
 def evaluate(
     config: RunConfig, console: Console, *, checkpoint: str = "best", split: Split = "validation"
 ) -> dict[str, float]:
-    """Scores a checkpoint on the validation or test data and writes `evaluation-<split>.json`.
+    """Scores a checkpoint on the validation or test data.
+
+    Into the run folder go `evaluation-<split>.json`, the same numbers for TensorBoard, and, where
+    the adapter has a report, its files in `evaluation-<split>/`.
 
     Args:
         checkpoint: 'best', 'latest', a checkpoint folder of a run, or any file with weights.
@@ -44,7 +47,7 @@ def evaluate(
         FastftError: no such data or checkpoint.
     """
     config, device = fitted_before(config), find_device(config.run.device)
-    task, adapter, name = _open_trained(config, checkpoint, device, console)
+    task, adapter, name, step = _open_trained(config, checkpoint, device, console)
     loader = open_split(adapter, config, split, device)
     if loader is None:
         raise ConfigError(
@@ -53,23 +56,44 @@ def evaluate(
     fuse_layer_norms(task, config, device)
     precision = make_precision(config.step.precision, device)
     compile_task(task, config.step.compile, precision)
-    metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, device)}
+    report = make_report(adapter, config)
+    own = task.metrics if report is None else {"report": report}
+    metrics = {**own, **make_metrics(config.evaluate.metrics, device)}
     with loader:
         values = score(task, loader, metrics, precision)
+    # A report has a table of its own.
+    detailed = report.compute() if report else {}
+    brief = [(metric, f"{value:.5g}") for metric, value in values.items() if metric not in detailed]
     title = f"{name} on {split} data ({loader.samples:,} samples)"
-    # A title must not be folded to the width of a narrow table.
-    table = Table(title=Text(title), min_width=min(len(title), console.width))
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for metric, value in values.items():
-        table.add_row(metric, f"{value:.5g}")
-    console.print(table)
+    for table in (
+        TextTable(title, ["metric", "value"], brief),
+        *([report.table()] if report else []),
+    ):
+        console.print(_rich_table(table, console.width))
     if config.run.folder.is_dir():
         record = {"checkpoint": name, "split": split, "samples": loader.samples, "values": values}
         text = json.dumps(record, indent=2) + "\n"
-        path = config.run.folder / f"evaluation-{split}.json"
-        write_file_atomically(path, lambda temporary: temporary.write_text(text))
+        folder = config.run.folder / f"evaluation-{split}"
+        write_file_atomically(folder.with_suffix(".json"), lambda path: path.write_text(text))
+        if config.log.tensorboard and step is not None:
+            scores = {f"{split}/{metric}": value for metric, value in values.items()}
+            write_events(config.run.folder / "tensorboard" / folder.name, step, scores)
+        if report is not None:
+            with written_whole(folder) as temporary:
+                temporary.mkdir()
+                report.write(temporary)
+            console.print(f"written: {folder}", markup=False, highlight=False, soft_wrap=True)
     return values
+
+
+def _rich_table(shown: TextTable, width: int) -> Table:
+    # A title must not be folded to the width of a narrow table.
+    table = Table(title=Text(shown.title), min_width=min(len(shown.title), width))
+    for number, column in enumerate(shown.columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in shown.rows:
+        table.add_row(*row)
+    return table
 
 
 def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str = "best") -> None:
@@ -78,7 +102,7 @@ def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str
     Raises:
         FastftError: no such checkpoint, or `target` cannot be written.
     """
-    task, adapter, name = _open_trained(config, checkpoint, torch.device("cpu"), console)
+    task, adapter, name, _ = _open_trained(config, checkpoint, torch.device("cpu"), console)
     merge_lora(task.model)
     write_file_atomically(target, lambda path: adapter.save(task, path))
     console.print(f"{name} -> {target}", markup=False, highlight=False, soft_wrap=True)
@@ -86,18 +110,22 @@ def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str
 
 def _open_trained(
     config: RunConfig, checkpoint: str, device: torch.device, console: Console
-) -> tuple[Task, Adapter, str]:
-    """The task with a checkpoint's weights (averaged ones where it has them), and its name."""
+) -> tuple[Task, Adapter, str, int | None]:
+    """The task with a checkpoint's weights (averaged ones where it has them), its name and step.
+
+    No step where the checkpoint is not of this run.
+    """
     seed_everything(config.run.seed)
     folder = _find(config, checkpoint, console)
     if folder is None:
         # Someone else's file: the whole model must come from it, with nothing new and no adapters.
         model = dataclasses.replace(config.model, checkpoint=Path(checkpoint), strict=True)
         foreign = dataclasses.replace(config, model=model, finetune=FinetuneConfig())
-        return *assemble(foreign, device, console), checkpoint
+        return *assemble(foreign, device, console), checkpoint, None
     task, adapter = assemble(config, device, console, pretrained=False)
     load_state_dict(task.model, read_weights(folder).tensors, where=folder)
-    return task, adapter, folder.name
+    own = folder.resolve().is_relative_to(config.run.folder.resolve())
+    return task, adapter, folder.name, read_meta(folder)["step"] if own else None
 
 
 def _find(config: RunConfig, checkpoint: str, console: Console) -> Path | None:

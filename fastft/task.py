@@ -121,6 +121,32 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True)
+class TextTable:
+    """A table for the console, a row as long as `columns`; the first column is text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Report(Metric, Protocol):
+    """What `fastft evaluate` computes and leaves in files, in place of the adapter's metrics.
+
+    An adapter offers one by a method `report(options, sources)`: the run file's
+    `[evaluate.options]` and its training data. It raises ConfigError for options that it does not
+    take, and opens no data before `update`: `train` makes it too, to check the options.
+    """
+
+    def table(self) -> TextTable:
+        """What the console shows of it; after `update`, as `compute` and `write`."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Writes tables and pictures into an empty folder."""
+        ...
+
+
+@dataclass(frozen=True)
 class Block:
     """A repeated module: what is compiled on its own, and what may be recomputed.
 

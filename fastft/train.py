@@ -23,6 +23,7 @@ from fastft.loop import (
     TrainingState,
     UnfreezeHook,
     check_evaluation,
+    check_monitor,
     find_resumed,
     run_loop,
     try_evaluation,
@@ -80,9 +81,9 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         optimizer, precision = step.optimizer, step.precision
         staged = staged_names(task.model, config.finetune)
         metrics = {**task.metrics, **make_metrics(config.evaluate.metrics, run.device)}
-        check_evaluation(config, metrics)
+        check_evaluation(config)
         if validation is not None:
-            try_evaluation(task, validation, metrics, precision)
+            check_monitor(config, try_evaluation(task, validation, metrics, precision))
         if dry_run:
             return None
         ema = Ema(optimizer.parameters, config.ema.decay) if config.ema else None

@@ -1,8 +1,9 @@
 """How a run goes: its folder, steps, gradients, evaluation, checkpoints and logs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fastft.config.base import Count, DecayRate, Positive, describe, strict
@@ -132,6 +133,9 @@ class EvaluateConfig:
         Count | None, describe("Steps between evaluations; default: only at the end.")
     ] = None
     metrics: Annotated[tuple[MetricConfig, ...], describe("Metrics beside the loss.")] = ()
+    options: Annotated[
+        dict[str, Any], describe("Settings of the adapter's report, which `fastft evaluate` makes.")
+    ] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

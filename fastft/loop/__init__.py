@@ -1,6 +1,13 @@
 """`for step in ...`, and the hooks that are due."""
 
-from fastft.loop.hooks import EvaluateHook, LogHook, SaveHook, UnfreezeHook, check_evaluation
+from fastft.loop.hooks import (
+    EvaluateHook,
+    LogHook,
+    SaveHook,
+    UnfreezeHook,
+    check_evaluation,
+    check_monitor,
+)
 from fastft.loop.progress import Progress
 from fastft.loop.scoring import score, try_evaluation
 from fastft.loop.state import TrainingState, find_resumed
@@ -15,6 +22,7 @@ __all__ = [
     "TrainingState",
     "UnfreezeHook",
     "check_evaluation",
+    "check_monitor",
     "find_resumed",
     "run_loop",
     "score",

@@ -26,11 +26,11 @@ def is_due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and done % every == 0)
 
 
-def check_evaluation(config: RunConfig, metrics: Mapping[str, Metric]) -> None:
-    """Refuses settings of an evaluation that will not be, or not report what they ask for.
+def check_evaluation(config: RunConfig) -> None:
+    """Refuses settings of an evaluation that will not be.
 
     Raises:
-        ConfigError: settings without validation data, or a `checkpoint.monitor` that is no value.
+        ConfigError: settings without validation data.
     """
     if not config.data.validation:
         idle = {
@@ -44,15 +44,19 @@ def check_evaluation(config: RunConfig, metrics: Mapping[str, Metric]) -> None:
                 for key, is_set in idle.items()
                 if is_set
             )
-        return
-    per_class = {entry.name for entry in config.evaluate.metrics if entry.per_class}
+
+
+def check_monitor(config: RunConfig, reported: Mapping[str, float]) -> None:
+    """Refuses a `checkpoint.monitor` that is not among the values of an evaluation.
+
+    Raises:
+        ConfigError: it is not.
+    """
     monitor = config.checkpoint.monitor
-    name, of_class, _ = monitor.partition("/class_")
-    known = ["loss", *metrics]
-    if monitor not in known and not (of_class and name in per_class):
+    if monitor not in reported:
         raise ConfigError(
             f"checkpoint.monitor: must be a value that evaluation reports; got '{monitor}'"
-            f"{nearest(monitor, known)}"
+            f"{nearest(monitor, reported)}"
         )
 
 
@@ -201,8 +205,12 @@ class EvaluateHook:
             self.values = score(task, self._loader, self._metrics, self._state.step.precision)
         self.done = done
         self._writer.write(done, {f"validation/{k}": v for k, v in self.values.items()})
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in self.values.items() if "/class_" not in k)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in self.values.items() if not self._detail(k))
         self._progress.message(f"step {done}: validation  {shown}")
+
+    def _detail(self, name: str) -> bool:
+        """Whether a value is one of many of a metric: 'f1/class_0' of 'f1'."""
+        return name not in self._metrics and any(name.startswith(f"{m}/") for m in self._metrics)
 
 
 class SaveHook:

@@ -37,18 +37,25 @@ def score(
 @torch.no_grad()
 def try_evaluation(
     task: Task, loader: Loader, metrics: Mapping[str, Metric], precision: Precision
-) -> None:
+) -> dict[str, float]:
     """Evaluates one batch, so that what is wrong with it shows before the first step and not after
-    the last. Leaves metrics, modes and random generators as they were."""
+    the last. Leaves metrics, modes and random generators as they were.
+
+    Returns:
+        What evaluations will report, with the values of this batch.
+    """
     generators = rng_state(precision.device)
     for metric in metrics.values():
         metric.reset()
+    mean_loss = MeanLoss(precision.device)
     with evaluating(task.model):
-        _update(task, loader.example(), metrics, precision, MeanLoss(precision.device))
+        _update(task, loader.example(), metrics, precision, mean_loss)
+    values = {"loss": mean_loss.compute()}
     for metric in metrics.values():
-        metric.compute()
+        values.update(metric.compute())
         metric.reset()
     set_rng_state(generators, precision.device)
+    return values
 
 
 @contextlib.contextmanager

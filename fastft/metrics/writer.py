@@ -40,6 +40,20 @@ def open_writer(folder: Path, *, tensorboard: bool, first_step: int) -> "MetricW
         return MetricWriter(path, events, first_step)
 
 
+def write_events(folder: Path, step: int, values: Mapping[str, float]) -> None:
+    """Adds numbers of a step to a TensorBoard folder, beside what is there.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    with writing_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Nothing is dropped: checkpoints may be evaluated in any order.
+        events = _EventFile(folder, purge_step=2**62)
+        events.add_scalars(step, values)
+        events.close()
+
+
 class MetricWriter:
     """Appends to the logs of a run; a context manager that closes them. See `open_writer`.
 

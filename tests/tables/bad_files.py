@@ -333,6 +333,12 @@ OTHER_COMMANDS = [
         "500MB: finetune: method = 'lora', or freezing what need not be trained, saves most",
     ),
     case(
+        "options of a report that there is not",
+        "train run.toml evaluate.options.maps=[]",
+        "evaluate.options: must be absent, since the adapter 'python' has no report; got maps;"
+        " remove them",
+    ),
+    case(
         "statistics of a family without",
         "stats run.toml",
         "model.adapter: 'python' takes no statistics from data; use an adapter that does, such as"

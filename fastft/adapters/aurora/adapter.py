@@ -23,17 +23,19 @@ from fastft.adapters.aurora.build import (
 from fastft.adapters.aurora.carry import AuroraCarry
 from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, save
 from fastft.adapters.aurora.checks import weather_checks
-from fastft.adapters.aurora.data import open_weather
+from fastft.adapters.aurora.data import WeatherData, open_weather
 from fastft.adapters.aurora.extend import extend, place_of
 from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
+from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
+from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.config import DataSource
 from fastft.errors import ConfigError
+from fastft.runfile import parse
 from fastft.task import (
     Criterion,
     DataCheck,
-    Dataset,
     Description,
     Loader,
     Sample,
@@ -120,6 +122,7 @@ class AuroraAdapter:
             ],
             carry=AuroraCarry(model, self.variant),
             added=added,
+            metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
@@ -130,7 +133,7 @@ class AuroraAdapter:
         # A user's module may hold aurora's model.
         return {n if n in self._added else f"{self._place}{n}": t for n, t in tensors.items()}
 
-    def dataset(self, source: DataSource, split: Split) -> Dataset:
+    def dataset(self, source: DataSource, split: Split) -> WeatherData:
         """netCDF files or a Zarr store."""
         return open_weather(
             source,
@@ -160,6 +163,19 @@ class AuroraAdapter:
 
     def prepare(self, task: Task, loader: Loader) -> None:
         """Nothing depends on the data: statistics are the run file's or upstream's."""
+
+    def report(self, options: Mapping[str, Any], sources: Sequence[DataSource]) -> WeatherReport:
+        """Scores, tables and maps for `fastft evaluate`."""
+        return WeatherReport(
+            parse(WeatherReportOptions, options, key="evaluate.options"),
+            self.variant,
+            self.options.levels,
+            timestep_hours(self.options),
+            (
+                lambda: [self.dataset(source, "train") for source in sources],
+                lambda sample: self.transform(sample, "train"),
+            ),
+        )
 
     def save(self, task: Task, path: Path) -> None:
         """A file for `load_checkpoint_local`, and `<path>.json` with variables and statistics."""

@@ -54,6 +54,7 @@ class Weather:
         channels: what the loss adds up -> the variable that it belongs to.
         decoded: variables whose loss is on the decoder's output.
         absent: variables whose NaN the model itself takes, as where there are no waves.
+        angles: variables in degrees of a circle.
     """
 
     def __init__(self, variables: Variables, masked: Sequence[str] = ()) -> None:
@@ -62,6 +63,7 @@ class Weather:
         self.channels = {name: name for name in (*variables.surf, *variables.atmos)}
         self.decoded: frozenset[str] = frozenset()
         self.absent: frozenset[str] = frozenset()
+        self.angles: frozenset[str] = frozenset()
 
     def transform(self, sample: Sample, hours: float) -> Sample:
         """A sample of the files' variables as one of the model's; `hours`: of a step."""
@@ -164,8 +166,8 @@ class Wave(Weather):
     ) -> None:
         super().__init__(variables, masked)
         self.absent = frozenset(densities) & frozenset(variables.surf)
-        self._angles = frozenset(angles) & frozenset(variables.surf)
-        self.decoded = self.absent | self._angles
+        self.angles = frozenset(angles) & frozenset(variables.surf)
+        self.decoded = self.absent | self.angles
         # Upstream splits the wind that drives the waves from its direction.
         derived = {"10u_wave", "10v_wave"} & set(variables.surf)
         self.reads = tuple(name for name in variables.surf if name not in derived)
@@ -228,7 +230,7 @@ class Wave(Weather):
             yield channel, Pair(predicted, known[channel], 1.0, where.expand_as(predicted))
 
     def _channels(self, name: str) -> list[str]:
-        values = [f"{name}_sin", f"{name}_cos"] if name in self._angles else [name]
+        values = [f"{name}_sin", f"{name}_cos"] if name in self.angles else [name]
         return [*values, f"{name}_density"] if name in self.absent else values
 
 

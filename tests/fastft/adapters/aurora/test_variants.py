@@ -135,6 +135,11 @@ def test_round_trip_and_roll_out(name: str, tmp_path: Path, make_adapter: Any, b
             ):
                 assert torch.equal(ours.isnan(), expected.isnan()), variable
                 assert torch.equal(ours.nan_to_num(), expected.nan_to_num()), variable
+    task.metrics["weighted_rmse"].update(loss.predictions, batch)
+    scores = task.metrics["weighted_rmse"].compute()
+    scored = {key.split("/")[1].removesuffix("_500").removesuffix("_850") for key in scores}
+    assert scored == set(adapter.variant.channels.values())
+    assert np.isfinite(list(scores.values())).all()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -315,6 +320,11 @@ def test_training_on_wave_files(make_adapter: Any, fastft: Any) -> None:
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert records[-1]["train/loss"] < records[0]["train/loss"]
     assert records[0]["train/swh_density"] > 0
+    files = '{ path = "waves.nc", options = { rename = { "static.z" = "orography" } } }'
+    outcome = fastft("evaluate", "wave.toml", f"data.validation=[{files}]")
+    assert (outcome.errors, outcome.code) == ("", 0)
+    maps = {path.name for path in Path("run/evaluation-validation/maps").iterdir()}
+    assert {"mwd-6h.png", "swh-6h.png", "t_500-6h.png"} <= maps
 
 
 def test_what_aurora_1_5_computes_and_predicts_only(make_adapter: Any, build: Any) -> None:
