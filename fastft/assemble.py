@@ -48,7 +48,8 @@ def assemble(
     if pretrained and path is not None:
         tensors = adapter.weights(path)
         weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
-        report = load_weights(task.model, weights, config.model, heads, task.added)
+        absent = [*task.added, *task.low_rank]
+        report = load_weights(task.model, weights, config.model, heads, absent)
         console.print(report.table())
     elif pretrained:
         console.print(

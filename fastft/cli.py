@@ -5,8 +5,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -149,7 +150,11 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    return read_run_file(options.run_file, options.overrides)
+    return read_run_file(options.run_file, options.overrides, _optim_preset)
+
+
+def _optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return importlib.import_module("fastft.adapters.registry").optim_preset(model, name)
 
 
 # Commands import what they need on their own: torch takes seconds, and `schema` needs none of it.
@@ -209,7 +214,7 @@ def _stats(options: argparse.Namespace, console: Console) -> None:
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:
-    config = read_run_file(options.run_file) if options.run_file else None
+    config = read_run_file(options.run_file, (), _optim_preset) if options.run_file else None
     description = importlib.import_module("fastft.check").describe(options.checkpoint, config)
     # A title must not be folded to the width of a narrow table.
     width = min(len(description.title), console.width)

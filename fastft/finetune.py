@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,9 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
             trained = _modules(model, heads, "finetune.heads")
         case "probe":
             trained = _modules(model, new_heads or tuple(task.heads), "finetune.new_heads")
+        case "lora" if task.low_rank:
+            _refuse_idle_lora(config.lora)
+            trained = (*task.low_rank, *_modules(model, new_heads, "finetune.new_heads"))
         case "lora":
             _inject_lora(model, config.lora, keep=new_heads)
             heads = _modules(model, new_heads, "finetune.new_heads")
@@ -148,6 +152,18 @@ def _inject_lora(model: nn.Module, config: LoraConfig, keep: Sequence[str]) -> N
         ),
         model,
     )
+
+
+def _refuse_idle_lora(config: LoraConfig) -> None:
+    usual = LoraConfig()
+    if config != usual:
+        names = [
+            f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)
+        ]
+        raise ConfigError(
+            "finetune.lora: must be absent where the model brings low-rank updates of its own; got"
+            f" {', '.join(names)}; remove it, or switch the model's off"
+        )
 
 
 def _refuse_idle_globs(config: FinetuneConfig, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,8 +24,17 @@ from fastft.errors import ConfigError, nearest
 Parsed = TypeVar("Parsed")
 
 
-def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+# `[model]`, name -> the part of `[optim]` that a preset of the adapter stands for.
+Presets = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+
+
+def read_run_file(
+    path: Path, overrides: Iterable[str] = (), presets: Presets | None = None
+) -> RunConfig:
     """Reads a run file and applies overrides such as `optim.lr=1e-4`.
+
+    Args:
+        presets: the adapters'. `optim.preset` is replaced by what it stands for.
 
     Raises:
         ConfigError: with every problem found, each as `file: key: what is wrong; what to do`.
@@ -40,6 +49,8 @@ def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: must be TOML; got an error: {error}; correct it") from None
     problems = [problem for override in overrides for problem in _apply(tree, override)]
     try:
+        if presets is not None:
+            _fill_in_preset(tree, presets, where=str(path))
         config = parse(RunConfig, tree, where=str(path))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
@@ -118,6 +129,27 @@ def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
             node[index] = value
         else:
             node = node[index] if isinstance(node, list) else node.setdefault(index, {})
+
+
+def _fill_in_preset(tree: dict[str, Any], presets: Presets, where: str) -> None:
+    """Puts what `optim.preset` stands for under the settings of `[optim]`."""
+    optim = tree.get("optim")
+    if not (isinstance(optim, dict) and isinstance(optim.get("preset"), str)):
+        return
+    model = tree.get("model", {})
+    try:
+        preset = presets(model if isinstance(model, dict) else {}, optim.pop("preset"))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {problem}" for problem in error.problems) from None
+    tree["optim"] = _above(optim, preset)
+
+
+def _above(own: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**preset, **own}
+    for key in own.keys() & preset.keys():
+        if isinstance(own[key], dict) and isinstance(preset[key], dict):
+            merged[key] = _above(own[key], preset[key])
+    return merged
 
 
 def _refuse_date(value: object) -> str:

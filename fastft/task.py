@@ -191,6 +191,8 @@ class Task:
         fields: what the model expects of the data, by field.
         layers: parameter name -> layer number, 0 nearest the input, for layer-wise decay; None:
             derived from `blocks`.
+        low_rank: names of the parameters of low-rank updates that the model brings: what
+            `finetune.method = 'lora'` then trains, instead of adding updates.
         layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
             one may take their place.
         carry: see `Carry`; None: `data.replay` is refused.
@@ -205,6 +207,7 @@ class Task:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     fields: Mapping[str, FieldSpec] = field(default_factory=dict)
     layers: Mapping[str, int] | None = None
+    low_rank: Sequence[str] = ()
     layer_norms: tuple[type[nn.LayerNorm], ...] = ()
     carry: Carry | None = None
     added: Sequence[str] = ()

@@ -1,11 +1,11 @@
 """Adapters by name, imported on demand so that only the family in use must be installed."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fastft.config import DataSource, ModelConfig
-from fastft.errors import AdapterError, nearest
+from fastft.errors import AdapterError, ConfigError, nearest
 from fastft.runfile import parse
 from fastft.task import Adapter
 
@@ -47,6 +47,29 @@ def compute_statistics(config: ModelConfig, sources: Sequence[DataSource], most:
             " does, such as 'aurora'"
         )
     return compute(parse(make.Options, config.options, key="model.options"), sources, most)
+
+
+def optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The part of `[optim]` that a preset stands for.
+
+    Args:
+        model: `[model]` of the run file.
+
+    Raises:
+        AdapterError: unknown adapter.
+        ConfigError: unknown preset, or a `[model]` that cannot be.
+    """
+    config = parse(ModelConfig, model, key="model")
+    make = _load(config.adapter)
+    offer = getattr(make, "optim_presets", None)
+    known = offer(parse(make.Options, config.options, key="model.options")) if offer else {}
+    if name not in known:
+        offered = f"be one of {', '.join(known)}" if known else "be absent, since it has none"
+        raise ConfigError(
+            f"optim.preset: with the adapter '{config.adapter}' must {offered}; got '{name}'"
+            f"{nearest(name, known)}"
+        )
+    return known[name]
 
 
 def _load(name: str) -> Any:

@@ -33,7 +33,7 @@ class LoadReport:
         missing: left as initialised: not in the checkpoint.
         unexpected: in the checkpoint only, by the file's names.
         mismatched: left as initialised: other shape or kind of number in the checkpoint.
-        new: in new heads, or added to the model.
+        new: in new heads, or added to the model, as low-rank updates of its own.
         coverage: share of the model's values outside new heads that were filled, 0 to 1.
         prefix: what was taken off the checkpoint's names.
         added: what was put before them, where the model holds the checkpoint's model inside.

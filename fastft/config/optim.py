@@ -1,7 +1,8 @@
 """Optimizer, parameter groups and schedule."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from fastft.config.base import (
@@ -42,11 +43,21 @@ class ScheduleConfig:
     gamma: Annotated[Fraction, describe("step: factor of each drop.")] = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=strict)
+def _lr_or_preset(schema: dict[str, Any]) -> None:
+    schema["required"].remove("lr")
+    schema["anyOf"] = [{"required": ["lr"]}, {"required": ["preset"]}]
+
+
+# A run file may leave the rate to a preset; what is parsed has it.
+@dataclass(frozen=True, kw_only=True, config=strict | ConfigDict(json_schema_extra=_lr_or_preset))
 class OptimConfig:
     """Optimizer and parameter groups."""
 
     lr: Annotated[Positive, describe("Peak learning rate.")]
+    preset: Annotated[
+        str | None,
+        describe("A preset of the adapter. What stands beside it wins."),
+    ] = None
     name: Annotated[Literal["adamw", "adam", "sgd", "rmsprop"], describe("Optimizer.")] = "adamw"
     weight_decay: Annotated[
         NonNegative, describe("Decoupled in adamw, added to the gradient in the others.")
@@ -75,6 +86,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuses settings that exclude each other."""
+        if self.preset is not None:
+            # Run files that are read with the adapters' presets come here without.
+            raise ValueError(
+                f"preset must be filled in by the adapter; got '{self.preset}' as it was; read the"
+                " run file with `presets`"
+            )
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; got 0; set it or drop nesterov")
         if self.name not in ("adam", "adamw") and any(rule.betas for rule in self.groups):

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from fastft.adapters.registry import optim_preset
 from fastft.config import CrossEntropy, Huber, NewHead
 from fastft.errors import ConfigError
 from fastft.runfile import format_run_file, parse, read_run_file, schema, to_tree
@@ -140,7 +141,8 @@ def test_options_of_an_adapter_are_named_by_their_key() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_resolved_run_file_reads_back_the_same(path: Path, tmp_path: Path) -> None:
-    config = read_run_file(path, ["ema.decay=0.9", "finetune.unfreeze=[{at_step=1,match=['*']}]"])
+    overrides = ["ema.decay=0.9", "finetune.unfreeze=[{at_step=1,match=['*']}]"]
+    config = read_run_file(path, overrides, optim_preset)
     copy = tmp_path / "copy.toml"
     copy.write_text(format_run_file(config))
     assert read_run_file(copy) == config

@@ -333,6 +333,17 @@ OTHER_COMMANDS = [
         "500MB: finetune: method = 'lora', or freezing what need not be trained, saves most",
     ),
     case(
+        "a preset of an adapter without",
+        "train run.toml optim.preset=guide",
+        "run.toml: optim.preset: with the adapter 'python' must be absent, since it has none; got"
+        " 'guide'",
+    ),
+    case(
+        "a preset that is no text",
+        "train run.toml optim.preset=3",
+        "run.toml: optim.preset: must be text in quotes; got 3",
+    ),
+    case(
         "options of a report that there is not",
         "train run.toml evaluate.options.maps=[]",
         "evaluate.options: must be absent, since the adapter 'python' has no report; got maps;"

@@ -15,6 +15,7 @@ from fastft.adapters.aurora.build import (
     build_model,
     constructor_arguments,
     heads,
+    low_rank,
     make_variables,
     make_variant,
     timestep_hours,
@@ -27,6 +28,7 @@ from fastft.adapters.aurora.data import WeatherData, open_weather
 from fastft.adapters.aurora.extend import extend, place_of
 from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
+from fastft.adapters.aurora.presets import optim_presets
 from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
@@ -84,6 +86,11 @@ class AuroraAdapter:
         wanted = wanted or {*adapter.variables.surf, *adapter.variables.atmos}
         return format_statistics({n: s for n, s in found.items() if n in wanted})
 
+    @classmethod
+    def optim_presets(cls, options: AuroraOptions) -> Mapping[str, Mapping[str, Any]]:
+        """See `fastft.adapters.aurora.presets`."""
+        return optim_presets(options)
+
     def build(
         self,
         criterion: Criterion | None,
@@ -123,6 +130,7 @@ class AuroraAdapter:
             carry=AuroraCarry(model, self.variant),
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
+            low_rank=low_rank(changed),
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import aurora
 import torch
 from aurora.model import swin3d
+from aurora.model.lora import LoRA
 from torch import Tensor, nn
 
 from fastft.adapters.aurora.forward import remove_waits
@@ -256,6 +257,16 @@ def heads(model: nn.Module, variables: Variables, place: str = "") -> list[str]:
     """What belongs to new variables, else the heads of all; `place`: before the model's names."""
     usual = ["decoder.surf_heads", "decoder.atmos_heads"]
     return [f"{place}{name}" for name in new_parameters(model, variables) or usual]
+
+
+def low_rank(model: nn.Module) -> list[str]:
+    """Parameters of upstream's own low-rank updates (`arguments.use_lora`)."""
+    return [
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoRA)
+        for part, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def blocks(model: aurora.Aurora, place: str = "") -> list[Block]:

@@ -18,6 +18,7 @@ from fastft.adapters.aurora.build import (
     argument,
     default_variables,
     fixed_arguments,
+    low_rank,
     model_class,
     new_parameters,
     stabilised,
@@ -76,7 +77,9 @@ def read_weights(path: Path, options: AuroraOptions) -> dict[str, Tensor] | None
 
 
 def load_hub(model: aurora.Aurora, options: AuroraOptions, variables: Variables) -> None:
-    """Fills the model with its class's weights from the hub; new variables stay as they are.
+    """Fills the model with its class's weights from the hub.
+
+    New variables stay as they are, and low-rank updates that the class's weights have not.
 
     Raises:
         AdapterError: they cannot be fetched, or do not fit the model but for its variables.
@@ -93,7 +96,7 @@ def load_hub(model: aurora.Aurora, options: AuroraOptions, variables: Variables)
     own = model.state_dict()
     # Inserted by this option; upstream's checkpoints were trained without.
     inserted = ".ln_k.", ".ln_q."
-    fresh = new_parameters(model, variables)
+    fresh = {*new_parameters(model, variables), *low_rank(model)}
     missing = [
         name
         for name in own

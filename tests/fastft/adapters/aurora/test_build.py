@@ -11,7 +11,8 @@ from torch import nn
 from fastft.adapters import registry
 from fastft.adapters.aurora.build import timestep_hours
 from fastft.blocks import allow_graphs
-from fastft.config import FinetuneConfig
+from fastft.checkpoint import Weights, load_weights
+from fastft.config import FinetuneConfig, LoraConfig, ModelConfig, NewHead
 from fastft.errors import AdapterError, ConfigError
 from fastft.finetune import apply_method
 from fastft.task import Batch, Loss
@@ -130,6 +131,44 @@ def test_upstreams_lora_is_there_and_freezes_nothing(make_adapter: Any, build: A
     assert names
     apply_method(task, FinetuneConfig())
     assert all(p.requires_grad for p in task.model.parameters())
+
+
+def test_upstreams_lora_alone_can_be_trained(
+    make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    new = {"tp": {"location": 0.0, "scale": 0.01}}
+    adapter = make_adapter(surf_vars=new, arguments={"use_lora": True})
+    task = build(adapter)
+    plain = build(make_adapter(surf_vars=new)).model.state_dict()
+    report = load_weights(
+        task.model,
+        Weights(Path("plain"), "torch", plain),
+        ModelConfig(adapter="aurora"),
+        {},
+        task.low_rank,
+    )
+    # The checkpoint has no low-rank updates; all else must match.
+    assert set(report.new) == set(task.low_rank)
+    assert (report.missing, report.unexpected, report.coverage) == ((), (), 1.0)
+
+    heads = {"decoder.surf_heads.tp": NewHead()}
+    apply_method(task, FinetuneConfig(method="lora", new_heads=heads))
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    added = {f"decoder.surf_heads.tp.{part}" for part in ("weight", "bias")}
+    # Two linear maps of each of six blocks, two matrices each.
+    assert trained - added == {n for n, _ in task.model.named_parameters() if ".lora_" in n}
+    assert len(trained - added) == 24
+    loss = task.loss(task.model, Batch(adapter.collate(make_samples(adapter)), 2))
+    loss.total.backward()
+    assert all(p.grad is None for n, p in task.model.named_parameters() if n not in trained)
+
+    config = FinetuneConfig(method="lora", lora=LoraConfig(rank=2, dropout=0.1))
+    with pytest.raises(ConfigError) as error:
+        apply_method(task, config)
+    assert error.value.problems == (
+        "finetune.lora: must be absent where the model brings low-rank updates of its own; got"
+        " rank, dropout; remove it, or switch the model's off",
+    )
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

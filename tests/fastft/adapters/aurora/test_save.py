@@ -218,7 +218,9 @@ def test_hub(
     assert len(asked) == 1
 
     with pytest.raises(AdapterError, match=r"must fit AuroraPretrained .* missing, first backbone"):
-        start(arguments={"use_lora": True})
+        start(arguments={"encoder_depths": [3, 1], "decoder_depths": [1, 3]})
+    adapted = start(arguments={"use_lora": True}).state_dict()
+    assert all(torch.equal(adapted[name], ours[name]) for name in ours if name in state)
     with pytest.raises(AdapterError, match=r"of another shape"):
         start(arguments={"embed_dim": 32})
 
