@@ -75,7 +75,7 @@ class AuroraOptions:
         tuple[Any, ...] | dict[str, Any] | None,
         Field(
             description=f"Atmospheric{_VARIABLES}, for all levels or by level in hPa:"
-            ' w = { "500" = { location = 0.0, scale = 0.2 } }.'
+            ' r = { "500" = { location = 50.0, scale = 30.0 } }.'
         ),
     ] = None
     levels: Annotated[
