@@ -1,10 +1,11 @@
 """Writes benchmarks/README.md's tables and picture from the records of whole steps.
 
-Usage: python -m benchmarks.report STEPS.jsonl TRAINING.jsonl ...
+Usage: python -m benchmarks.report STEPS.jsonl TRAINING.jsonl GRAPHS.jsonl COMPILE.jsonl ...
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,72 @@ def training_tables(records: list[Record]) -> list[str]:
     return lines
 
 
+def graph_tables(records: list[Record]) -> list[str]:
+    """Steps of small kernels, as the host launches them and replayed from a CUDA graph."""
+    rows = [
+        [
+            r["case"],
+            r["compile"],
+            f"{r['uncaptured_ms']:.1f}",
+            f"{r['captured_ms']:.1f}" if "captured_ms" in r else r["decision"],
+            f"{r['uncaptured_reserved_gib']:.2f}",
+            f"{r.get('captured_reserved_gib', 0):.2f}",
+        ]
+        for r in records
+    ]
+    head = ["case", "compile", "ms per step", "captured", "reserved GiB", "captured"]
+    return ["", *table(head, rows)]
+
+
+def compile_tables(records: list[Record]) -> list[str]:
+    """Seconds until the first step is done."""
+    rows = [[r["case"], r["cache"], f"{r['first_s']:.1f}", f"{r['second_s']:.2f}"] for r in records]
+    return ["", *table(["case", "compile cache", "first step, s", "second step, s"], rows)]
+
+
+# Runners whose name begins so: what they are, how they are drawn, and what stands beside them.
+KINDS = {
+    "fastft, ": ("fastft at a budget", "s", "C3"),
+    "activation_memory_budget ": ("by hand: torch's activation_memory_budget", "o", "C0"),
+    "checkpoint ": ("by hand: checkpointing", "^", "C0"),
+    "keep ": ("by hand: keep all", "v", "C0"),
+    "torch.compile, ": ("torch.compile of the model", "D", "grey"),
+    "eager, ": ("eager", "X", "grey"),
+}
+
+
 def plot(records: list[Record]) -> None:
     """Throughput against measured peak, one panel per case; best is up and to the left."""
-    cases = list(dict.fromkeys(r["case"] for r in records))
-    figure, axes = plt.subplots(1, len(cases), figsize=(7 * len(cases), 4.5), squeeze=False)
+    cases = [c for c in dict.fromkeys(r["case"] for r in records) if "," not in c]
+    figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 5.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         for r in (r for r in records if r["case"] == case and "peak_gib" in r):
-            ours = r["runner"].startswith("fastft")
+            start = next(start for start in KINDS if r["runner"].startswith(start))
+            label, marker, colour = KINDS[start]
             point = (r["peak_gib"], r["samples_per_second"])
-            axis.plot(*point, "s" if ours else "o", color="C3" if ours else "C0")
-            axis.annotate(r["runner"], point, xytext=(6, -3), textcoords="offset points", size=8)
+            axis.plot(*point, marker, color=colour, label=label)
+            short = r["runner"].removeprefix(start).removesuffix(" block").replace("one block", "1")
+            place, side = ((-7, 4), "right") if start == "fastft, " else ((7, -9), "left")
+            axis.annotate(short, point, xytext=place, textcoords="offset points", size=8, ha=side)
         axis.set(xlabel="measured peak, GiB", ylabel="samples per second", title=case)
-        axis.margins(x=0.25, y=0.1)
+        axis.margins(x=0.2, y=0.1)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=120)
+    handles = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(KINDS))
+    figure.savefig(PLOT, dpi=110)
+
+
+TABLES: dict[str, Callable[[list[Record]], list[str]]] = {
+    "end_to_end": step_tables,
+    "training": training_tables,
+    "graphs": graph_tables,
+    "compile_time": compile_tables,
+}
 
 
 def main() -> None:
@@ -85,11 +137,9 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         lines += ["", f"`results/{path.name}`, one {device(records[0])}."]
-        if records[0]["benchmark"] == "training":
-            lines += training_tables(records)
-            training += records
-        else:
-            lines += step_tables(records)
+        tables = TABLES[records[0]["benchmark"]]
+        lines += tables(records)
+        training += records if tables is training_tables else []
     if training:
         plot(training)
         lines += ["", "![samples per second against peak memory](results/training.png)"]

@@ -31,6 +31,12 @@ def cell(record: Record | None) -> str:
     return f"{record['share']:.2f}"
 
 
+def what_of(record: Record) -> tuple[Any, ...]:
+    """What a record is of: two with the same are two measurements of one thing."""
+    names = ("op", "direction", "provider", "rows", "columns", "state", "groups", "monitor")
+    return tuple(record.get(name) for name in names)
+
+
 def norm_tables(records: list[Record]) -> list[str]:
     """Per op: share of a copy by N, direction and provider."""
     found = {
@@ -109,7 +115,8 @@ def main() -> None:
             f"copy moves {first['copy_tb_per_s']} TB/s; torch {first['torch']}, Triton "
             f"{first['triton']}; medians.",
         ]
-    records = [record for path in paths for record in read(path)]
+    # A later file replaces what it has measured again.
+    records = list({what_of(r): r for path in paths for r in read(path)}.values())
     lines += [*optimizer_tables(records), *norm_tables(records)]
     text = README.read_text()
     head, rest = text.split(BEGIN)

@@ -8,6 +8,8 @@ import torch
 # Triton reads it when it is first imported, which any test that compiles does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# As the command line sets it; read when torch first allocates.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
