@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
+from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -67,6 +68,45 @@ class TimmOptions:
     ] = field(default_factory=dict)
 
 
+class SharedDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382) as timm's, its rate in a tensor.
+
+    A rate that is a number becomes part of a compiled graph, and in timm every block has its own:
+    each block would be compiled anew.
+
+    Args:
+        drop_prob: probability that a sample's branch is dropped, in training.
+        scale_by_keep: divide what is kept by the probability that it is.
+    """
+
+    keep: Tensor
+    scale: Tensor
+
+    def __init__(self, drop_prob: float, *, scale_by_keep: bool) -> None:
+        super().__init__()
+        keep = 1 - drop_prob
+        scale = 1 / keep if keep > 0 and scale_by_keep else 1.0
+        self.register_buffer("keep", torch.tensor(keep), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, ...]` in and out."""
+        if not self.training:
+            return x
+        draws = torch.rand((len(x), *[1] * (x.ndim - 1)), device=x.device)
+        return x * ((draws < self.keep) * self.scale).to(x.dtype)
+
+
+def share_drop_paths(model: nn.Module) -> nn.Module:
+    """Replaces timm's `DropPath` modules in place; names and state dict stay as they are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is DropPath:
+                shared = SharedDropPath(child.drop_prob, scale_by_keep=child.scale_by_keep)
+                setattr(module, name, shared.train(child.training))
+    return model
+
+
 class TimmAdapter:
     """Any timm architecture. Sample fields: 'inputs' (image) and 'targets' (class index or value).
 
@@ -103,7 +143,7 @@ class TimmAdapter:
                 " such as name = 'cross_entropy'"
             )
         self._check_options()
-        model = self._create(pretrained).to(device)
+        model = share_drop_paths(self._create(pretrained)).to(device)
         self._data_config = self._resolve_data_config(model)
         classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)

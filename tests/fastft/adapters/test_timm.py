@@ -264,3 +264,28 @@ def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(AdapterError, match="no route to host; connect to the network"):
         build(make_adapter(name="resnet18", pretrained=True))
+
+
+def test_dropped_paths_are_timms_and_blocks_share_a_graph() -> None:
+    arguments = {**SMALL["arguments"], "depth": 5, "drop_path_rate": 0.6}
+    torch.manual_seed(0)
+    plain: Any = timm.create_model(SMALL["name"], num_classes=2, img_size=16, **arguments)
+    task = build(make_adapter(**{**SMALL, "arguments": arguments}))
+    rates = [1 - block.drop_path1.keep.item() for block in task.model.blocks[1:]]
+    assert rates == pytest.approx([block.drop_path1.drop_prob for block in plain.blocks[1:]])
+    assert len(set(rates)) == 4
+    assert list(task.model.state_dict()) == list(plain.state_dict())
+    # A sample is dropped as a whole or scaled so that the mean stays.
+    shared, ones = task.model.blocks[-1].drop_path1, torch.ones(20_000, 2, 3)
+    dropped = shared(ones)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.4])
+    assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert shared.eval()(ones) is ones
+    shared.train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in task.model.blocks:
+        torch.compile(block, backend="eager", fullgraph=True)(torch.zeros(2, 5, 8))
+    # The first block drops nothing.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
