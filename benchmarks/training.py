@@ -114,7 +114,7 @@ CASES = {
 
 
 def measure(
-    gradients: Callable[[Pair], Sequence[Tensor]], run: Callable[[Pair], object], pairs: list[Pair]
+    gradients: Callable[[Any], Sequence[Tensor]], run: Callable[[Any], object], pairs: Sequence[Any]
 ) -> dict[str, Any]:
     """Peak, time, and what must not change: loss and gradient norm of every batch.
 

@@ -1,0 +1,232 @@
+"""Aurora at 721 x 1440 points and 13 levels: upstream's recipe beside fastft, in one process.
+
+Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--autocast all backbone]
+    [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--skip-upstream]
+
+Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
+its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
+blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has.
+"""
+
+import argparse
+import gc
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import aurora
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.models import trainer_step
+from benchmarks.training import CLIP, DEVICE, OPTIM, PRECISION, Records, measure
+from fastft.adapters.aurora import AuroraAdapter, AuroraOptions
+from fastft.config import parse_bytes
+from fastft.errors import PlanError
+from fastft.memory.budget import GIB, budget_bytes, enforce
+from fastft.memory.plan import make_plan
+from fastft.optim import make_groups
+from fastft.runfile import parse
+from fastft.step import TrainingStep
+from fastft.task import Batch, Task
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Class, grid, and the FLOPs of three forwards of 97e12, as measured for the full model.
+SIZES = {
+    "full": ("AuroraPretrained", (721, 1440), 3 * 97e12),
+    "small": ("AuroraSmallPretrained", (721, 1440), 0.0),
+    "tiny": ("AuroraSmallPretrained", (17, 32), 0.0),
+}
+BATCHES = 2
+
+
+def make_adapter(size: str, autocast: str) -> AuroraAdapter:
+    """All levels and variables of the class."""
+    tree = {"model_class": SIZES[size][0], "autocast": autocast}
+    return AuroraAdapter(parse(AuroraOptions, tree, key="model.options"))
+
+
+def make_batches(adapter: AuroraAdapter, size: str, device: torch.device) -> list[Batch]:
+    """Random fields, one deviation above the means, so that there is something to learn."""
+    grid, levels = SIZES[size][1], adapter.options.levels
+    variables, random = adapter.variables, np.random.default_rng(0)
+
+    def fields(names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
+        found = {}
+        for name in names:
+            if name in variables.levels:
+                pairs = [variables.levels[name][str(level)] for level in levels]
+                location, scale = np.array(pairs).T[:, :, None, None]
+                shape = (count, len(levels), *grid)
+            else:
+                location, scale = variables.statistics[name]
+                shape = (count, *grid)
+            noise = 1 + random.standard_normal(shape, dtype=np.float32)
+            found[name] = (location + scale * noise).astype(np.float32)
+        return found
+
+    static = {n: random.standard_normal(grid, dtype=np.float32) for n in variables.static}
+    samples = [
+        {
+            "surf": fields(tuple(variables.surf), 2),
+            "atmos": fields(tuple(variables.atmos), 2),
+            "static": static,
+            "target_surf": fields(tuple(variables.surf), 1),
+            "target_atmos": fields(tuple(variables.atmos), 1),
+            "time": np.int64(1_590_969_600 + 6 * 3600 * index),
+            "lat": np.linspace(90, -90, grid[0], dtype=np.float32),
+            "lon": np.linspace(0, 360, grid[1], endpoint=False, dtype=np.float32),
+            "levels": list(levels),
+        }
+        for index in range(BATCHES)
+    ]
+    return [Batch(adapter.collate([sample]), 1).to(device) for sample in samples]
+
+
+def make_task(adapter: AuroraAdapter, device: torch.device) -> Task:
+    """Always the same weights."""
+    torch.manual_seed(0)
+    task = adapter.build(None, device=device, checkpoint=None, pretrained=False)
+    with torch.no_grad():
+        for name, parameter in task.model.named_parameters():
+            if "ln_modulation" in name:
+                parameter.normal_(std=0.02)
+    return task
+
+
+class UpstreamStep:
+    """Upstream's guide: its autocast and checkpoints, AdamW, clip_grad_norm_.
+
+    The loss is the adapter's, of upstream's own forward.
+    """
+
+    def __init__(self, task: Task, size: str) -> None:
+        self._loss = cast(Any, task.loss)
+        self._model = getattr(aurora, SIZES[size][0])(autocast=True)
+        self._model.load_state_dict(task.model.state_dict())
+        self._model.to(next(task.model.parameters()).device)
+        self._model.configure_activation_checkpointing()
+        groups: list[dict[str, Any]] = [
+            {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
+            for group in make_groups(Task(self._model, task.loss), OPTIM, {})
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr)
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and the norm of its gradients, which it leaves clipped."""
+        data = batch.data
+        predicted = self._model(
+            aurora.Batch(
+                surf_vars=dict(data["surf"]),
+                static_vars=dict(data["static"]),
+                atmos_vars=dict(data["atmos"]),
+                metadata=aurora.Metadata(
+                    lat=data["lat"],
+                    lon=data["lon"],
+                    time=tuple(datetime.fromtimestamp(t, UTC) for t in data["time"]),
+                    atmos_levels=data["levels"],
+                ),
+            )
+        )
+        loss = self._loss._total(self._loss._errors(predicted, data, 0))
+        loss.backward()
+        return loss.detach(), nn.utils.clip_grad_norm_(self._model.parameters(), CLIP)
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, batch: Batch) -> None:
+        """One step."""
+        self.gradients(batch)
+        self._optimizer.step()
+        self.zero_grad()
+
+
+def measure_upstream(task: Task, size: str, batches: list[Batch]) -> dict[str, Any]:
+    """Upstream's row."""
+    step = UpstreamStep(task, size)
+    task.model.to("cpu")
+
+    def gradients(batch: Batch) -> tuple[Tensor, Tensor]:
+        found = step.gradients(batch)
+        step.zero_grad()
+        return found
+
+    return measure(gradients, step, batches)
+
+
+def measure_fastft(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
+    """The trainer's step as its blocks run now."""
+
+    def gradients(batch: Batch) -> tuple[Tensor, Tensor]:
+        with step.rehearsal():
+            result = step(0, [batch])
+        return result.loss, cast(Tensor, result.verdict.norm)
+
+    return measure(gradients, lambda batch: step(0, [batch]), batches)
+
+
+def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Records) -> Iterator[str]:
+    """Measures every way and budget; yields what could not be planned."""
+    adapter = make_adapter(arguments.size, autocast)
+    batches = make_batches(adapter, arguments.size, DEVICE)
+    step, forwards = trainer_step(
+        make_task(adapter, DEVICE), DEVICE, OPTIM, CLIP, precision=PRECISION, compile="blocks"
+    )
+    for way in arguments.ways:
+        forwards.use_everywhere(forwards.ways[way])
+        name = f"fastft, autocast {autocast}, {way}"
+        records.add(name, lambda: measure_fastft(step, batches))
+    for budget in arguments.budgets:
+        limit = budget_bytes(parse_bytes(budget), DEVICE)
+        enforce(limit, DEVICE)
+        try:
+            plan = make_plan(step, forwards, batches[:1], limit, Console(width=150))
+        except PlanError as error:
+            yield f"{budget}: {error}"
+            continue
+        records.add(
+            f"fastft, autocast {autocast}, {budget}",
+            lambda: measure_fastft(step, batches),
+            budget_gib=round(limit / GIB, 3),
+            predicted_gib=round((plan.predicted_bytes or plan.peak_bytes or 0) / GIB, 3),
+            ways=plan.summary(),
+        )
+
+
+def main() -> None:
+    """Upstream first, then fastft."""
+    parser = argparse.ArgumentParser(description="Aurora beside upstream's recipe.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--autocast", nargs="*", choices=["all", "backbone"], default=["all"])
+    parser.add_argument("--ways", nargs="*", default=["recompute all"])
+    parser.add_argument("--budgets", nargs="*", default=[])
+    parser.add_argument("--skip-upstream", action="store_true")
+    arguments = parser.parse_args()
+    records = Records(f"aurora, {arguments.size}", 1, SIZES[arguments.size][2], arguments.out)
+    enforce(budget_bytes(parse_bytes("80GB"), DEVICE), DEVICE)
+    if not arguments.skip_upstream:
+        adapter = make_adapter(arguments.size, "backbone")
+        batches = make_batches(adapter, arguments.size, DEVICE)
+        records.add(
+            "upstream's recipe",
+            lambda: measure_upstream(make_task(adapter, DEVICE), arguments.size, batches),
+        )
+    for autocast in arguments.autocast:
+        for problem in rows_of_fastft(arguments, autocast, records):
+            print(problem, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    Console(width=150).print(records.table())
+    for line in records.wrong:
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
