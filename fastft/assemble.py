@@ -71,7 +71,7 @@ def build_step(
     Shows the parameter groups and what the step is made of.
     """
     fused_norms = fuse_layer_norms(task, config, device)
-    precision = make_precision(config.step.precision, device)
+    precision = make_precision(config.step.precision, device, tf32=config.step.tf32)
     forwards = compile_task(task, config.step.compile, precision)
     groups = make_groups(task, config.optim, staged_names(task.model, config.finetune))
     trained = [p for group in groups for p in group.parameters.values()]

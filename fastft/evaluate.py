@@ -54,7 +54,7 @@ def evaluate(
             f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
         )
     fuse_layer_norms(task, config, device)
-    precision = make_precision(config.step.precision, device)
+    precision = make_precision(config.step.precision, device, tf32=config.step.tf32)
     compile_task(task, config.step.compile, precision)
     report = make_report(adapter, config)
     own = task.metrics if report is None else {"report": report}

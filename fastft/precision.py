@@ -31,17 +31,26 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype)
 
 
-def make_precision(name: str, device: torch.device) -> Precision:
+def make_precision(name: str, device: torch.device, *, tf32: bool = False) -> Precision:
     """Resolves 'auto' and switches TF32 matrix products on or off.
 
+    Args:
+        tf32: `step.tf32`, for products that autocast leaves in float32.
+
     Raises:
-        ConfigError: the device has no TF32.
+        ConfigError: the device has no TF32, or there is no autocast to leave.
     """
     if name == "auto":
         gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         name = "bf16" if gpu_has_bf16 else "fp32"
     if name == "tf32" and device.type != "cuda":
         raise ConfigError("step.precision: 'tf32' needs a GPU; got a CPU; use 'fp32' or 'auto'")
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    if tf32 and (name not in _AUTOCAST or device.type != "cuda"):
+        raise ConfigError(
+            f"step.tf32: needs a GPU and step.precision 'bf16' or 'fp16'; got '{name}' on"
+            f" {device.type}; remove it, or set step.precision = 'tf32'"
+        )
+    tf32 = tf32 or name == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     return Precision(name, device)

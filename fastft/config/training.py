@@ -32,6 +32,13 @@ class StepConfig:
         Literal["auto", "fp32", "tf32", "bf16", "fp16"],
         describe("'auto': bf16 autocast on a GPU that has it, fp32 elsewhere."),
     ] = "auto"
+    tf32: Annotated[
+        bool,
+        describe(
+            "With bf16 or fp16, on a GPU: matrix products that stay in float32, because the model"
+            " leaves autocast, run in TF32."
+        ),
+    ] = False
     accumulate: Annotated[
         Count,
         describe(

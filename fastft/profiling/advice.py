@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastft.profiling.report import Advice, ProfileReport, RunFacts
+from fastft.profiling.report import GRAPH, Advice, ProfileReport, RunFacts
 
 # Shares of the step above which a rule speaks.
 IDLE_LIMIT = 0.15
@@ -72,15 +72,18 @@ def _idle(report: ProfileReport) -> Iterator[Advice]:
     if report.phases[0].idle_ms is None or share <= IDLE_LIMIT:
         return
     most = max(report.phases, key=lambda phase: phase.idle_ms or 0)
+    larger = "a larger data.batch_size"
+    if any(phase.name == GRAPH for phase in report.phases):
+        setting, remedies = "data.batch_size", [larger]
+    else:
+        setting, remedies = "step.cuda_graphs", ["step.cuda_graphs = 'auto'", larger]
     if report.run.compile == "off":
         setting = "step.compile"
-        remedy = f"{_compiling_setting(report.run)}, or a larger data.batch_size"
-    else:
-        setting, remedy = "data.batch_size", "a larger data.batch_size"
+        remedies.insert(0, _compiling_setting(report.run))
     yield Advice(
         setting,
-        f"The GPU waits for the host {share:.0%} of the time, most of it in {most.name}: {remedy}"
-        " gives it more to do per launch.",
+        f"The GPU waits for the host {share:.0%} of the time, most of it in {most.name}:"
+        f" {', or '.join(remedies)} gives it more to do per launch.",
     )
 
 
@@ -92,7 +95,10 @@ def _fp32(report: ProfileReport) -> Iterator[Advice]:
     if report.run.precision == "fp32":
         remedy = "use step.precision = 'bf16', or 'tf32' where bf16 is too coarse."
     else:
-        remedy = "the model leaves autocast there; see which operators below, and whether it must."
+        remedy = (
+            "the model leaves autocast there; see which operators below, and whether it must;"
+            " step.tf32 = true makes them TF32."
+        )
     yield Advice("step.precision", said + remedy)
 
 

@@ -266,3 +266,17 @@ def test_the_loss_knows_the_learning_rate() -> None:
     for index in range(4):
         step(index, [make_batch()])
     assert seen == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_products_outside_of_autocast_may_be_tf32() -> None:
+    cuda = torch.device("cuda")
+    try:
+        assert make_precision("bf16", cuda).name == "bf16"
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert make_precision("bf16", cuda, tf32=True).name == "bf16"
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        make_precision("fp32", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32

@@ -239,6 +239,12 @@ WHERE = [
         "step.precision: 'tf32' needs a GPU; got a CPU; use 'fp32' or 'auto'",
     ),
     case(
+        "TF32 beside no autocast",
+        "train run.toml step.precision=fp32 step.tf32=true",
+        "step.tf32: needs a GPU and step.precision 'bf16' or 'fp16'; got 'fp32' on cpu; remove it,"
+        " or set step.precision = 'tf32'",
+    ),
+    case(
         "no blocks to compile",
         "train run.toml step.compile=blocks",
         "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none; use"

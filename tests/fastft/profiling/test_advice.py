@@ -48,8 +48,14 @@ def test_idle(quiet: ProfileReport) -> None:
     assert "step.compile = 'model'" in text
     run = dataclasses.replace(quiet.run, compile="blocks")
     setting, text = only(dataclasses.replace(with_kinds(quiet, idle=0.4), run=run))
-    assert setting == "data.batch_size"
+    assert setting == "step.cuda_graphs"
     assert "'blocks'" not in text
+    assert "step.cuda_graphs = 'auto', or a larger data.batch_size" in text
+    graph = dataclasses.replace(quiet.phases[0], name="graph")
+    replayed = dataclasses.replace(quiet, run=run, phases=(*quiet.phases, graph))
+    setting, text = only(with_kinds(replayed, idle=0.4))
+    assert setting == "data.batch_size"
+    assert "cuda_graphs" not in text
     assert advise(with_kinds(quiet, idle=0.14)) == ()
 
 
@@ -89,6 +95,7 @@ def test_fp32(quiet: ProfileReport) -> None:
     assert setting == "step.precision"
     assert "30% of the time" in text
     assert "the model leaves autocast" in text
+    assert "step.tf32 = true" in text
     report = dataclasses.replace(report, run=dataclasses.replace(quiet.run, precision="fp32"))
     assert "step.precision = 'bf16'" in only(report)[1]
 
