@@ -1,11 +1,12 @@
 """Aurora at 721 x 1440 points and 13 levels: upstream's recipe beside fastft, in one process.
 
-Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--autocast all backbone]
+Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--autocast all tf32]
     [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--skip-upstream]
 
 Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
 its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
-blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has.
+blocks one way; `--budgets` plans. Encoder and decoder run in bf16 (all), as upstream in float32
+(backbone), or in TF32. Memory is held to 80 GB for all, as an A100 has.
 """
 
 import argparse
@@ -46,7 +47,8 @@ BATCHES = 2
 
 def make_adapter(size: str, autocast: str) -> AuroraAdapter:
     """All levels and variables of the class."""
-    tree = {"model_class": SIZES[size][0], "autocast": autocast}
+    inside = "all" if autocast == "all" else "backbone"
+    tree = {"model_class": SIZES[size][0], "autocast": inside}
     return AuroraAdapter(parse(AuroraOptions, tree, key="model.options"))
 
 
@@ -175,9 +177,8 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
     """Measures every way and budget; yields what could not be planned."""
     adapter = make_adapter(arguments.size, autocast)
     batches = make_batches(adapter, arguments.size, DEVICE)
-    step, forwards = trainer_step(
-        make_task(adapter, DEVICE), DEVICE, OPTIM, CLIP, precision=PRECISION, compile="blocks"
-    )
+    settings = {"precision": PRECISION, "compile": "blocks", "tf32": autocast == "tf32"}
+    step, forwards = trainer_step(make_task(adapter, DEVICE), DEVICE, OPTIM, CLIP, **settings)
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
         name = f"fastft, autocast {autocast}, {way}"
@@ -204,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Aurora beside upstream's recipe.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--autocast", nargs="*", choices=["all", "backbone"], default=["all"])
+    parser.add_argument(
+        "--autocast", nargs="*", choices=["all", "backbone", "tf32"], default=["all"]
+    )
     parser.add_argument("--ways", nargs="*", default=["recompute all"])
     parser.add_argument("--budgets", nargs="*", default=[])
     parser.add_argument("--skip-upstream", action="store_true")

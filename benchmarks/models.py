@@ -110,7 +110,7 @@ def classifier_task(make_model: Callable[[], nn.Module], device: torch.device, s
 
 
 def trainer_step(
-    task: Task, device: torch.device, optim: OptimConfig, clip_norm: float, **step: str
+    task: Task, device: torch.device, optim: OptimConfig, clip_norm: float, **step: str | bool
 ) -> tuple[TrainingStep, BlockForwards]:
     """The step of `fastft train` over a task, and how its blocks run.
 
