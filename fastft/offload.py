@@ -149,8 +149,8 @@ class _Call:
         self.host, self._stay = host, stay
         self._before = weakref.ref(before) if before is not None else lambda: None
         self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
-        # Only while the block runs: copies by storage, and what they are copies of.
-        self._sent: dict[int, _Copy] = {}
+        # Only while the block runs: copies by storage and version, and what they are copies of.
+        self._sent: dict[tuple[int, int], _Copy] = {}
         self._sources: list[tuple[_Saved, Tensor]] = []
         self._end: torch.cuda.Event | None = None
         self._running = True
@@ -159,7 +159,8 @@ class _Call:
         """Sends a tensor to the host, its storage once, or lets it stay."""
         if not self._moves(tensor):
             return _Saved(tensor, None)
-        key = _key(tensor)
+        # Changed in place since it was sent, it is another tensor, and sent again.
+        key = _key(tensor), tensor._version
         if key not in self._sent:
             storage = _bytes(tensor)
             copy = _Copy(self, storage)

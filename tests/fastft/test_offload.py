@@ -32,7 +32,7 @@ def _small_tensors_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mixed(nn.Module):
-    """Views of one storage, dropout, a batch norm, a checkpoint inside, and a change in place."""
+    """Views of one storage, dropout, a batch norm, a checkpoint inside, and changes in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,10 @@ class Mixed(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(1, (3, 2, -1)).permute(1, 2, 0, 3).unbind(0)
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
         y = cast(Tensor, checkpoint(self.inner, mixed, use_reentrant=False))
-        y = torch.relu_(torch.sub(y, 0.5)).tanh()
+        y = torch.relu_(torch.sub(y, 0.5)).tanh().neg()
+        # Saved here and, changed, below; the backward pass needs the second.
+        y.cos()
+        y = y.add_(1).sin()
         return x + (y if scale is None else y * scale)
 
 
