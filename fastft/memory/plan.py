@@ -388,12 +388,12 @@ def plan_memory(
         held = [example().to(device) for _ in range(config.accumulate)]
     with as_trained_in_the_end(config, step, staged):
         plan = make_plan(step, forwards, held[:2], limit, console)
-    if len(held) > 2:
-        # Two were rehearsed, and one update.
-        once = update_seconds(step, DeviceMeter(device))
-        times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
-        times = {k: v and once + (v - once) * len(held) / 2 for k, v in times.items()}
-        plan = replace(plan, **times)
+        if len(held) > 2:
+            # Two were rehearsed, and one update.
+            once = update_seconds(step, DeviceMeter(device))
+            times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
+            times = {k: v and once + (v - once) * len(held) / 2 for k, v in times.items()}
+            plan = replace(plan, **times)
     plan.save(saved)
     console.print(plan.summary())
     return plan
