@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
+from fastft.checkpoint import latest_checkpoint
 from fastft.config import RunConfig
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
@@ -19,11 +20,15 @@ from fastft.task import Adapter
 
 
 def fitted_before(config: RunConfig) -> RunConfig:
-    """With the micro-batch that an earlier start of this run has found, if there was one."""
-    path = config.run.folder / RUN_FILE
-    if config.data.batch_size != "fit" or not path.exists():
+    """With the micro-batch of the run's checkpoints, if it has any and that is one for it."""
+    path, samples = config.run.folder / RUN_FILE, config.data.samples_per_step
+    if config.data.batch_size != "fit" or samples is None or not path.exists():
         return config
-    return with_batch_size(config, read_run_file(path).data.micro_batch)
+    # A start that saved nothing leaves a run file too, such as one that ran out of memory.
+    if latest_checkpoint(config.run.folder) is None:
+        return config
+    size = read_run_file(path).data.micro_batch
+    return config if samples % size else with_batch_size(config, size)
 
 
 def with_batch_size(config: RunConfig, size: int) -> RunConfig:

@@ -1,5 +1,6 @@
 """`data.batch_size = "fit"` on a simulated GPU, and what later starts of the run make of it."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastft.blocks import KEEP, RECOMPUTE
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, PlanError
 from fastft.memory import fit, fit_batch, fitted_before
+from fastft.memory.fit import with_batch_size
 from fastft.memory.plan import Rehearsal
 from fastft.runfile import format_run_file, parse
 from fastft.task import Batch
@@ -96,9 +98,17 @@ def test_the_largest_divisor_that_fits(
     assert device.said == [
         f"data.batch_size: {expected} fits; {24 // expected} micro-batches per step"
     ]
-    # A later start goes on with it.
+    # A later start goes on with it where there is something to go on from.
     (tmp_path / "run.toml").write_text(format_run_file(config))
+    assert fitted_before(make_config(tmp_path)) == make_config(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    keys = ("step", "monitor", "mode", "value", "metrics", "versions")
+    (checkpoint / "meta.json").write_text(json.dumps({**dict.fromkeys(keys), "files": {}}))
     assert fitted_before(make_config(tmp_path)) == config
+    # Of other settings, which the run is refused for.
+    other = make_config(tmp_path, samples_per_step=25)
+    assert fitted_before(other) == (other if expected > 1 else with_batch_size(other, 1))
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
