@@ -75,7 +75,8 @@ class Measured:
 
     def step_seconds(self, solution: Solution) -> float:
         """Of the whole step: micro-batches beyond the second are taken to be like the others."""
-        return solution.seconds * self.accumulate / len(self.batches)
+        update = self.costs.update_seconds
+        return update + (solution.seconds - update) * self.accumulate / len(self.batches)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,9 @@ def measure_costs(
             for costs in measured.values():
                 costs.pop(way, None)
     costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
-    return replace(costs, other_seconds=costs.other_seconds + update_seconds(step, meter))
+    update = update_seconds(step, meter)
+    other = costs.other_seconds + update
+    return replace(costs, other_seconds=other, update_seconds=update)
 
 
 def _menu(

@@ -71,6 +71,7 @@ class StepCosts(_Costs):
     `tail_gradient_bytes`: their gradients, a part of `tail_bytes`, which stay until the update.
     `update_bytes`: transient of the optimizer update, with the before-part's gradients.
     `other_seconds`: the step's time outside the blocks.
+    `update_seconds`: the part of it that is the update's, however many micro-batches there are.
     """
 
     blocks: tuple[BlockCosts, ...]
@@ -81,6 +82,7 @@ class StepCosts(_Costs):
     tail_gradient_bytes: int
     update_bytes: int
     other_seconds: float
+    update_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from fastft.assemble import assemble, build_step
 from fastft.memory import load_plan
-from fastft.memory.solve import BlockCosts, Choice, StepCosts
-from fastft.plan import describe_blocks, recompute_share
+from fastft.memory.solve import BlockCosts, Choice, Solution, StepCosts
+from fastft.plan import Measured, describe_blocks, recompute_share
 from fastft.runfile import read_run_file
+from fastft.task import Batch
 
 pytestmark = pytest.mark.usefixtures("project")
 
@@ -196,3 +197,15 @@ def test_blocks_in_words(picks: tuple[int, ...], text: str, share: float) -> Non
     assert describe_blocks(COSTS, picks) == text
     assert recompute_share(COSTS, picks) == share
     assert recompute_share(dataclasses.replace(COSTS, blocks=()), ()) == 0
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "seconds"), [(1, 5.0), (2, 5.0), (6, 0.5 + 3 * 4.5)], ids=["1", "2", "6"]
+)
+def test_a_step_updates_once(accumulate: int, seconds: float) -> None:
+    """Two micro-batches stand for all of them, but one update for one."""
+    costs = dataclasses.replace(COSTS, update_seconds=0.5)
+    batches = [Batch({}, 8)] * min(2, accumulate)
+    step: Any = None
+    measured = Measured(costs, step, batches, 0, None, accumulate, "bf16", [])
+    assert measured.step_seconds(Solution((0,) * 4, 8, 5.0)) == seconds

@@ -307,5 +307,5 @@ def test_the_whole_menu_of_a_transformer(micro_batches: int) -> None:
     for pick in range(len(choices)):
         moments = timeline(costs, [pick] * 2)
         assert peak_bytes(costs, [pick] * 2) >= max(m.fixed + m.kept for m in moments)
-    assert costs.other_seconds > 0
+    assert costs.other_seconds > costs.update_seconds > 0
     assert choices[KEEP.name].seconds > 0

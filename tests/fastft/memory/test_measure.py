@@ -483,6 +483,7 @@ def test_the_whole_menu_is_measured_and_nothing_changed(monkeypatch: pytest.Monk
     monkeypatch.setattr(plan, "DeviceMeter", lambda device: one.meter)
     before = everything(one.model)
     costs = plan.measure_costs(one.step, one.forwards, [make_batch()])
+    assert costs.update_seconds == 0.25
     assert_unchanged(one.model, before)
     assert set(one.forwards.chosen.values()) == {RECOMPUTE.name}
     assert [block.name for block in costs.blocks] == ["1", "2"]
