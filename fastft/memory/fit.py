@@ -47,7 +47,8 @@ def fit_batch(
 ) -> tuple[RunConfig, SourceLoader]:
     """The run with the largest micro-batch that divides `data.samples_per_step` and fits.
 
-    Fits with everything kept; where not even one sample does, with every block recomputed.
+    Fits with everything kept; where not even one sample does, with every block recomputed, unless
+    `memory.plan` is 'off': then that is not how the run goes.
 
     Args:
         loader: of the run; returned as it is where `data.batch_size` is a number.
@@ -77,11 +78,19 @@ def fit_batch(
             return False
         return try_rehearsal(step, held[:2], limit) is not None
 
+    planned = config.memory.plan != "off"
     with as_trained_in_the_end(config, step, staged):
-        size = _largest(sizes, KEEP, forwards, fits) or _largest(sizes, RECOMPUTE, forwards, fits)
+        size = _largest(sizes, KEEP, forwards, fits)
+        if not size and planned:
+            size = _largest(sizes, RECOMPUTE, forwards, fits)
     if config.step.compile != "off":
         # Graphs that have seen several sizes are slower than one made for the last.
         torch._dynamo.reset()
+    if not size and not planned:
+        raise PlanError(
+            "data.batch_size: not even one sample fits with everything kept; set memory.plan ="
+            " 'auto', or raise memory.budget"
+        )
     if not size:
         raise PlanError(
             "data.batch_size: not even one sample fits with every block recomputed; raise"

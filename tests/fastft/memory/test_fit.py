@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastft.blocks import KEEP, RECOMPUTE
-from fastft.config import RunConfig
+from fastft.config import MemoryConfig, RunConfig
 from fastft.errors import ConfigError, PlanError
 from fastft.memory import fit, fit_batch, fitted_before
 from fastft.memory.fit import with_batch_size
@@ -114,6 +114,17 @@ def test_the_largest_divisor_that_fits(
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"^data.batch_size: not even one sample fits"):
         Device(0, 0, monkeypatch).fit(make_config(tmp_path))
+
+
+def test_without_a_plan_nothing_is_recomputed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A later start, which fits nothing, would keep everything."""
+    device = Device(0, 5, monkeypatch)
+    config = replace(make_config(tmp_path), memory=MemoryConfig(plan="off"))
+    with pytest.raises(PlanError, match=r"^data.batch_size: .* fits with everything kept; set"):
+        device.fit(config)
+    assert device.way == KEEP.name
 
 
 def test_no_more_than_there_are_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
