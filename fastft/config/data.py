@@ -112,6 +112,11 @@ class DataConfig:
                 f"samples_per_step must be a multiple of batch_size; got {self.samples_per_step}"
                 f" and {self.batch_size}; change one"
             )
+        if self.replay is not None and self.mixing != "sample":
+            raise ValueError(
+                f"replay mixes data sets within a batch; got mixing '{self.mixing}'; drop one of"
+                " them"
+            )
         # What fits may be all of a step's samples.
         largest = self.samples_per_step if self.batch_size == "fit" else self.batch_size
         if self.replay is not None and self.replay.size < (largest or 1):

@@ -152,6 +152,8 @@ def test_data_that_follow_nothing(
         DataConfig(train=data.train, batch_size=2, replay=small)
     with pytest.raises(ValueError, match=r"size must be at least that of a batch; got 1 and 8"):
         DataConfig(train=data.train, batch_size="fit", samples_per_step=8, replay=small)
+    with pytest.raises(ValueError, match=r"mixes data sets within a batch; got mixing 'batch'"):
+        DataConfig(train=data.train, mixing="batch", replay=ReplayConfig())
 
 
 def test_predictions_that_are_no_data() -> None:
