@@ -44,7 +44,7 @@ class Host:
 
     Attributes:
         held_bytes: in buffers that hold something now.
-        pinned_bytes: in all buffers; they are kept for the next step.
+        pinned_bytes: in all buffers; they are kept for the next step, while there is room.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,6 +98,8 @@ class Host:
         free = self._free.setdefault(size, [])
         if not free:
             if self.pinned_bytes + size > self.limit_bytes:
+                self._release()
+            if self.pinned_bytes + size > self.limit_bytes:
                 raise HostMemoryError(
                     "memory.plan: activations on the host must fit half of its free memory,"
                     f" {self.limit_bytes / 2**30:.2f} GiB; got more; use a plan without offload, or"
@@ -107,6 +109,15 @@ class Host:
             self.pinned_bytes += size
         self.held_bytes += size
         return free.pop()
+
+    def _release(self) -> None:
+        """Unpins the buffers that hold nothing, of sizes that may not be asked for again."""
+        for buffers in self._free.values():
+            buffers.clear()
+        self.pinned_bytes = self.held_bytes
+        if self._on_gpu:
+            # torch would keep them pinned, for others of their size.
+            torch._C._host_emptyCache()
 
     def give_back(self, buffer: Tensor) -> None:
         """Ends the use of a buffer, but for copies that are on their way."""

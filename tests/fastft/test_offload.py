@@ -362,6 +362,10 @@ def test_a_host_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards.use_everywhere(LEAST)
     assert_same_bits(results(model), expected)
     assert forwards.host.pinned_bytes == 3 * BUFFER
+    # Free buffers of other sizes give way.
+    host = Host(CPU)
+    host.give_back(host.take(2 * BUFFER))
+    assert sum(host.take(BUFFER).nbytes for _ in range(3)) == host.pinned_bytes
 
 
 def test_the_host_has_memory() -> None:
