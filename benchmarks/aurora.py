@@ -195,7 +195,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
             f"fastft, autocast {autocast}, {budget}",
             lambda: measure_fastft(step, batches),
             budget_gib=round(limit / GIB, 3),
-            predicted_gib=round((plan.predicted_bytes or plan.peak_bytes or 0) / GIB, 3),
+            predicted_gib=plan.predicted_bytes and round(plan.predicted_bytes / GIB, 3),
             ways=plan.summary(),
         )
 

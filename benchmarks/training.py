@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB half least] [--peers] [--sweep]
 
-For each budget: the plan, the peak that it predicts, the peak and time that were measured with the
-budget enforced, and the loss and gradient norm of the same batches, which nothing may change.
+For each budget: the plan, the peak and time that its model predicts, the time of its rehearsal, the
+peak and time that were measured with the budget enforced, and the loss and gradient norm of the same batches, which nothing may change.
 `half` lies half-way between recomputing and keeping everything, `least` a tenth above the least
 peak. Peers are what a user writes in plain PyTorch; the sweep sets the trainer's blocks by hand:
 full checkpointing, every second and fourth block, and ten values of torch's
@@ -173,7 +173,11 @@ def measure_trainer(step: TrainingStep, pairs: list[Pair]) -> dict[str, Any]:
         return result.loss, cast(Tensor, result.verdict.norm)
 
     # Not a rehearsal, whose update is skipped.
-    return measure(gradients, lambda pair: step(0, batch(pair)), pairs)
+    row = measure(gradients, lambda pair: step(0, batch(pair)), pairs)
+    skipped = int(step.guard.counters()["skipped"].item())
+    if skipped:
+        raise SystemExit(f"{skipped} of the timed steps did not update; their times mean nothing")
+    return row
 
 
 def sweep(forwards: BlockForwards, shares: Sequence[float]) -> Iterator[str]:
@@ -240,7 +244,7 @@ class Records:
     def table(self) -> Table:
         """What was measured."""
         columns = ("runner", "step_ms", "mfu", "peak_gib", "reserved_gib")
-        columns += ("budget_gib", "predicted_gib", "predicted_ms")
+        columns += ("budget_gib", "predicted_gib", "predicted_ms", "rehearsed_ms")
         table = Table(*columns, title=f"{self.case} on {torch.cuda.get_device_name(DEVICE)}")
         for row in self.rows:
             table.add_row(*(str(row.get(column, "-")) for column in columns))
@@ -271,15 +275,18 @@ def within_budget(
     except PlanError as error:
         print(budget, error, flush=True)
     else:
-        predicted = plan.predicted_bytes or plan.peak_bytes
-        seconds = plan.seconds
+        predicted, modelled, rehearsed = (
+            plan.predicted_bytes,
+            plan.predicted_seconds,
+            plan.seconds,
+        )
         records.add(
             f"fastft, {budget}",
             lambda: measure_trainer(step, pairs),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=None if predicted is None else round(predicted / GIB, 3),
-            predicted_ms=None if seconds is None else round(1e3 * seconds, 2),
-            modelled_ms=round(1e3 * (plan.predicted_seconds or 0), 2) or None,
+            predicted_ms=None if modelled is None else round(1e3 * modelled, 2),
+            rehearsed_ms=None if rehearsed is None else round(1e3 * rehearsed, 2),
             planned_in_s=round(time.perf_counter() - began, 1),
             ways=plan.summary(),
         )
