@@ -3,11 +3,11 @@
 Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB half least] [--peers] [--sweep]
 
 For each budget: the plan, the peak and time that its model predicts, the time of its rehearsal, the
-peak and time that were measured with the budget enforced, and the loss and gradient norm of the same batches, which nothing may change.
-`half` lies half-way between recomputing and keeping everything, `least` a tenth above the least
-peak. Peers are what a user writes in plain PyTorch; the sweep sets the trainer's blocks by hand:
-full checkpointing, every second and fourth block, and ten values of torch's
-activation_memory_budget.
+peak and time that were measured with the budget enforced, and the loss and gradient norm of the
+same batches, which nothing may change. `half` lies half-way between recomputing and keeping
+everything, `least` a tenth above the least peak. Peers are what a user writes in plain PyTorch; the
+sweep sets the trainer's blocks by hand: full checkpointing, every second and fourth block, and ten
+values of torch's activation_memory_budget.
 """
 
 import argparse
