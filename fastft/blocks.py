@@ -300,7 +300,16 @@ def allow_graphs(count: int) -> None:
 
 
 def compile_task(task: Task, mode: str, precision: Precision) -> BlockForwards:
-    """Compiles the task's blocks, or its model, in place; parameter names stay as they are."""
+    """Compiles the task's blocks, or its model, in place; parameter names stay as they are.
+
+    Raises:
+        ConfigError: compilation of a model that the loss differentiates.
+    """
+    if task.double_backward and mode != "off":
+        raise ConfigError(
+            "step.compile: must be 'off', since the loss differentiates the model, and torch does"
+            f" not differentiate what it compiled twice; got '{mode}'; remove it"
+        )
     if mode == "model":
         allow_graphs(1)
         task.model.forward = compiled(task.model.forward, precision, fullgraph=False)

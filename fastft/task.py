@@ -198,6 +198,8 @@ class Task:
         carry: see `Carry`; None: `data.replay` is refused.
         added: tensors beside the family's own, which a pretrained checkpoint need not have: where
             it has none, they stay as built, and are reported as new.
+        double_backward: the loss differentiates the model in training, so that its backward pass
+            goes through the model's own: nothing is then compiled, and no norm fused.
     """
 
     model: nn.Module
@@ -211,6 +213,7 @@ class Task:
     layer_norms: tuple[type[nn.LayerNorm], ...] = ()
     carry: Carry | None = None
     added: Sequence[str] = ()
+    double_backward: bool = False
 
 
 @dataclass(frozen=True)
