@@ -11,6 +11,7 @@ from fastft.task import Adapter
 
 # Name -> (module, class, extra that installs the upstream package).
 ADAPTERS = {
+    "pet": ("fastft.adapters.pet", "PetAdapter", "pet"),
     "aurora": ("fastft.adapters.aurora", "AuroraAdapter", "aurora"),
     "timm": ("fastft.adapters.timm", "TimmAdapter", "timm"),
     "python": ("fastft.adapters.python", "open_python_adapter", None),

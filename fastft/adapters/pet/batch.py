@@ -1,0 +1,56 @@
+"""Structures of any sizes as one batch: their atoms one after another, counted in `system`.
+
+Shapes, for B structures with N atoms and P pairs in all: `positions` [N, 3], `species` and `system`
+[N], `cells` [B, 3, 3], `atoms` [B], `centers` and `neighbours` [P], `shifts` [P, 3]; the labels
+`energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in float64, NaN where there is none.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastft.task import Sample
+
+
+def collate(
+    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool
+) -> dict[str, Tensor]:
+    """One batch.
+
+    Args:
+        dtype: of positions and cells.
+        forces, stress: whether the batch holds these labels.
+    """
+    structures = [sample["structure"] for sample in samples]
+    sizes = [len(structure["species"]) for structure in structures]
+    pairs = [sample["neighbours"] for sample in samples]
+    starts = np.cumsum([0, *sizes[:-1]])
+    batch = {
+        "positions": _joined(structures, "positions").to(dtype),
+        "species": _joined(structures, "species"),
+        "system": torch.from_numpy(np.repeat(np.arange(len(samples)), sizes)),
+        "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
+        "atoms": torch.tensor(sizes),
+        "shifts": _joined(pairs, "shifts"),
+    }
+    for name in ("centers", "neighbours"):
+        moved = [p[name] + start for p, start in zip(pairs, starts, strict=True)]
+        batch[name] = torch.from_numpy(np.concatenate(moved))
+    shapes: dict[str, Sequence[tuple[int, ...]]] = {"energy": [()] * len(samples)}
+    if forces:
+        shapes["forces"] = [(size, 3) for size in sizes]
+    if stress:
+        shapes["stress"] = [(3, 3)] * len(samples)
+    for label, each in shapes.items():
+        values = [
+            s.get(label, np.full(shape, np.nan)) for s, shape in zip(samples, each, strict=True)
+        ]
+        joined = np.concatenate(values) if label == "forces" else np.stack(values)
+        batch[label] = torch.from_numpy(joined)
+    return batch
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Tensor:
+    return torch.from_numpy(np.concatenate([part[name] for part in parts]))

@@ -1,0 +1,99 @@
+"""`[model.options]` of the pet adapter, and `options` of its data sets."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_WEIGHT = Field(ge=0, description="Weight of this part, an average over its values.")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PetLossOptions:
+    """Errors of the energy per atom, of forces and of the virial per atom, in the target's scale.
+
+    The defaults are upstream's.
+    """
+
+    kind: Annotated[
+        Literal["mse", "mae", "huber"], Field(description="What is averaged of each error.")
+    ] = "mse"
+    delta: Annotated[
+        float, Field(gt=0, description="'huber': errors beyond this count linearly.")
+    ] = 1.0
+    energy: Annotated[float, _WEIGHT] = 1.0
+    forces: Annotated[float, _WEIGHT] = 1.0
+    stress: Annotated[float, _WEIGHT] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PetOptions:
+    """`[model.options]` of the pet adapter."""
+
+    target: Annotated[
+        str,
+        Field(
+            pattern=r"^energy(/\w+)?$",
+            description="Energy to train: 'energy', or a variant of it such as 'energy/pbe0'. One"
+            " that the checkpoint does not have gets new heads.",
+        ),
+    ] = "energy"
+    inherit_heads: Annotated[
+        str | None, Field(description="Target of the checkpoint whose heads a new one starts from.")
+    ] = None
+    keep_targets: Annotated[
+        bool,
+        Field(
+            description="Keep the checkpoint's other targets, whose heads are not trained: for when"
+            " all else is frozen. Else they are dropped."
+        ),
+    ] = False
+    unit: Annotated[
+        str | None,
+        Field(description="Unit of the energies; default: the checkpoint's, 'eV' of a new target."),
+    ] = None
+    description: Annotated[str, Field(description="Of a new target, for who reads the model.")] = ""
+    forces: Annotated[bool, Field(description="Train on forces.")] = True
+    stress: Annotated[bool, Field(description="Train on stress, of periodic structures.")] = False
+    hypers: Annotated[
+        dict[str, Any],
+        Field(description="Without a checkpoint: upstream's model hypers, over its defaults."),
+    ] = field(default_factory=dict)
+    elements: Annotated[
+        tuple[str, ...], Field(description="Without a checkpoint: chemical symbols of the model.")
+    ] = ()
+    dtype: Annotated[
+        Literal["float32", "float64"], Field(description="Of weights and computations.")
+    ] = "float32"
+    augment: Annotated[
+        bool, Field(description="Turn and reflect each training structure at random, as upstream.")
+    ] = True
+    fit: Annotated[
+        Literal["new", "always"],
+        Field(
+            description="Whether composition energies and scale are fitted to the training data for"
+            " new targets only, as upstream does, or anew for one that the checkpoint has."
+        ),
+    ] = "new"
+    loss: Annotated[PetLossOptions, Field(description="The loss.")] = PetLossOptions()
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AtomsOptions:
+    """`options` of a data set: where its file, which ASE reads, has what."""
+
+    frames: Annotated[
+        str, Field(description="Structures to take, as a slice: ':80', '80:', '::2'.")
+    ] = ":"
+    energy: Annotated[str, Field(description="Name of the energies, in the target's unit.")] = (
+        "energy"
+    )
+    forces: Annotated[str, Field(description="Name of the forces, per angstrom.")] = "forces"
+    stress: Annotated[
+        str, Field(description="Name of the stress, per cubic angstrom; tension is positive.")
+    ] = "stress"
+    virial: Annotated[
+        str | None, Field(description="Name of the virial, instead of `stress`: -stress x volume.")
+    ] = None

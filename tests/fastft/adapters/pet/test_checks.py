@@ -1,0 +1,151 @@
+"""Data checks: silent on good structures, and precise about bad ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from fastft.config import ChecksConfig, DataSource
+from fastft.data.checks import run_checks
+from fastft.data.sources import open_source
+from fastft.task import Finding
+
+
+@pytest.fixture
+def find(make_adapter: Any, build: Any, tmp_path: Path) -> Callable[..., list[Finding]]:
+    """What the adapter's checks find in structures."""
+
+    def run(frames: list[ase.Atoms], **options: Any) -> list[Finding]:
+        ase.io.write(tmp_path / "data.xyz", frames, format="extxyz")
+        adapter = make_adapter(**{"elements": ["H", "C", "O", "Cu"], **options})
+        task = build(adapter)
+        source = open_source(adapter, DataSource(path=tmp_path / "data.xyz", name="data"), "train")
+        own = {check.__name__.replace("_", "-") for check in adapter.checks}
+        found = run_checks([source], adapter.checks, task.fields, ChecksConfig())
+        return [finding for finding in found if finding.check in own]
+
+    return run
+
+
+def molecules(count: int = 40) -> list[ase.Atoms]:
+    """Water and methane, shaken, with all-electron energies in eV."""
+    random = np.random.default_rng(0)
+    made = []
+    for index in range(count):
+        atoms = ase.build.molecule(("H2O", "CH4")[index % 2])
+        atoms.rattle(0.02, seed=index)
+        forces = random.normal(size=(len(atoms), 3))
+        own = {1: -13.6, 6: -1030.0, 8: -2040.0}
+        energy = sum(own[n] for n in atoms.numbers) + random.normal(scale=0.1)
+        label(atoms, energy, forces - forces.mean(0))
+        made.append(atoms)
+    return made
+
+
+def label(atoms: ase.Atoms, energy: float, forces: np.ndarray, **more: Any) -> None:
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, **more)
+
+
+def test_good_structures_give_no_finding(find: Any) -> None:
+    crystals = []
+    for seed in range(3):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=seed)
+        label(atoms, -15.0 - seed, np.zeros((4, 3)), stress=np.ones(6))
+        crystals.append(atoms)
+    assert find([*molecules(), *crystals]) == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit", "said"),
+    [(23.06, "eV", "as of kcal/mol"), (1.0, "Hartree", "as of ev"), (96.5, "eV", "as of kj/mol")],
+)
+def test_energies_of_another_unit(find: Any, factor: float, unit: str, said: str) -> None:
+    frames = molecules()
+    for atoms in frames:
+        label(atoms, factor * atoms.get_potential_energy(), atoms.get_forces())
+    (finding,) = find(frames, unit=unit)
+    assert finding.check == "energy-units"
+    assert said in finding.what
+    assert f"must be in {unit}" in finding.what
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1 / 0.529, "as in bohr"), (0.1, "as in nanometres")])
+def test_lengths_of_another_unit(find: Any, factor: float, said: str) -> None:
+    frames = molecules()
+    for atoms in frames:
+        atoms.positions *= factor
+    found = {finding.check: finding for finding in find(frames)}
+    assert said in found["length-units"].what
+
+
+def one_energy_off(frames: list[ase.Atoms]) -> None:
+    label(frames[5], frames[5].get_potential_energy() + 100, frames[5].get_forces())
+
+
+def pushed(frames: list[ase.Atoms]) -> None:
+    label(frames[5], frames[5].get_potential_energy(), frames[5].get_forces() + 1)
+
+
+def too_close(frames: list[ase.Atoms]) -> None:
+    moved = frames[5]
+    energy, forces = moved.get_potential_energy(), moved.get_forces()
+    moved.positions[1] = moved.positions[0] + [0.3, 0, 0]
+    label(moved, energy, forces)
+
+
+def broken(frames: list[ase.Atoms]) -> None:
+    moved = frames[5]
+    energy, forces = moved.get_potential_energy(), moved.get_forces()
+    moved.positions[1] += 20
+    label(moved, energy, forces)
+
+
+def unused_cell(frames: list[ase.Atoms]) -> None:
+    frames[5].cell = np.eye(3) * 10
+
+
+def copied(frames: list[ase.Atoms]) -> None:
+    frames.append(frames[5])
+
+
+def copied_with_another_energy(frames: list[ase.Atoms]) -> None:
+    frames.append(frames[5].copy())
+    label(frames[-1], frames[5].get_potential_energy() + 0.5, frames[5].get_forces())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check", "severity", "example"),
+    [
+        (one_energy_off, "energy-outliers", "warning", "structure 5: -9"),
+        (pushed, "net-forces", "warning", "structure 5: a sum of"),
+        (too_close, "overlapping-atoms", "warning", "structure 5: 0."),
+        (broken, "isolated-atoms", "warning", "structure 5: 1 atoms"),
+        (unused_cell, "cells", "warning", "structure 5"),
+        (copied, "duplicate-structures", "warning", "structures 5 and 40"),
+        (copied_with_another_energy, "duplicate-structures", "error", "structures 5 and 40"),
+    ],
+)
+def test_bad_structures(
+    find: Any, spoil: Callable[..., None], check: str, severity: str, example: str
+) -> None:
+    frames = molecules()
+    spoil(frames)
+    (finding,) = find(frames)
+    assert (finding.check, finding.severity) == (check, severity)
+    assert finding.where.startswith("data (train): ")
+    assert finding.example.startswith(example)
+
+
+def test_stress_of_a_molecule(find: Any) -> None:
+    frames = molecules()
+    label(frames[5], frames[5].get_potential_energy(), frames[5].get_forces(), stress=np.ones(6))
+    (finding,) = find(frames, stress=True)
+    assert (finding.check, finding.severity) == ("cells", "error")
+    assert "only structures that are periodic in all directions have one" in finding.what

@@ -1,0 +1,211 @@
+"""Whole runs from the command line: trained, evaluated, exported, fine-tuned."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import pytest
+import tomli_w
+import torch
+from upstream_pet import Upstream
+
+from fastft.adapters.pet.baseline import Baseline
+from fastft.adapters.pet.checkpoint import read_model
+
+EXAMPLES = Path(__file__).parents[4] / "examples" / "pet"
+
+
+@pytest.fixture
+def pet_run(project: Path, make_adapter: Any, structures: Any) -> str:
+    """A run file of four steps over twelve structures, in the current folder."""
+    ase.io.write("atoms.xyz", structures, format="extxyz")
+    tree = {
+        "run": {"folder": "run", "steps": 4, "device": "cpu"},
+        "model": {
+            "adapter": "pet",
+            "options": {
+                "elements": ["H", "C", "O"],
+                "stress": True,
+                "hypers": make_adapter().options.hypers,
+            },
+        },
+        "data": {
+            "train": [{"path": "atoms.xyz", "options": {"frames": ":9"}, "name": "train"}],
+            "validation": [{"path": "atoms.xyz", "options": {"frames": "9:"}, "name": "held out"}],
+            "batch_size": 4,
+            "checks": {"ignore": ["missing"]},
+        },
+        "optim": {"name": "adam", "lr": 0.01},
+        "log": {"every_steps": 1},
+        "evaluate": {"metrics": [{"name": "mae", "prediction": "forces", "target": "forces"}]},
+    }
+    Path("pet.toml").write_text(tomli_w.dumps(tree))
+    return "pet.toml"
+
+
+def done(fastft: Any, *arguments: str) -> str:
+    outcome = fastft(*arguments)
+    assert (outcome.errors, outcome.code) == ("", 0)
+    return outcome.output
+
+
+def records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run(pet_run: str, fastft: Any) -> None:
+    done(fastft, "train", pet_run)
+    trained = [r for r in records() if "train/forces" in r]
+    assert len(trained) == 4
+    assert {"train/energy", "train/forces", "train/stress", "train/loss"} <= trained[0].keys()
+    done(fastft, "evaluate", pet_run)
+    scores = json.loads(Path("run/evaluation-validation.json").read_text())["values"]
+    units = {"energy": "atom", "forces": "angstrom", "stress": "cubic_angstrom"}
+    names = {f"{n}_{e}_mev_per_{u}" for n, u in units.items() for e in ("mae", "rmse")}
+    assert names <= scores.keys()
+    assert scores["forces_mae_mev_per_angstrom"] == pytest.approx(1e3 * scores["mae"], rel=1e-5)
+    done(fastft, "export", pet_run, "--to", "tuned.ckpt")
+    # What upstream says of the same structures.
+    ase.io.write("held-out.xyz", ase.io.read("atoms.xyz", "9:"), format="extxyz")
+    model = read_model(Path("tuned.ckpt"))
+    assert model is not None
+    upstream = Upstream(model, Path("held-out.xyz"))
+    made = upstream.predict(model.eval())
+    forces = [torch.tensor(atoms.get_forces()) for atoms in ase.io.read("held-out.xyz", ":")]  # type: ignore[union-attr]
+    error = (made["forces"] - torch.cat(forces)).abs().mean().item()
+    assert scores["forces_mae_mev_per_angstrom"] == pytest.approx(1e3 * error, rel=1e-5)
+
+
+def test_without_evaluation_and_with_workers(pet_run: str, fastft: Any) -> None:
+    without = ("data.validation=[]", "evaluate.metrics=[]")
+    done(fastft, "train", pet_run, *without, "data.workers=2")
+    first = [r["train/loss"] for r in records() if "train/loss" in r]
+    done(fastft, "train", pet_run, *without, "run.folder=again")
+    again = Path("again/metrics.jsonl").read_text().splitlines()
+    assert first == [r["train/loss"] for r in map(json.loads, again) if "train/loss" in r]
+
+
+def test_a_resumed_run_is_as_one_that_was_not(pet_run: str, fastft: Any) -> None:
+    often = ("checkpoint.every_steps=2", "checkpoint.resume=auto", "checkpoint.keep_last=3")
+    done(fastft, "train", pet_run, *often)
+    whole = [r for r in records() if "train/loss" in r]
+    # The last checkpoint goes, so that the run goes on from step 2.
+    for path in Path("run/checkpoints").glob("step-00000004*"):
+        path.rename(Path("gone"))
+    done(fastft, "train", pet_run, *often)
+    last = [r for r in records() if "train/loss" in r][-1]
+    assert last["step"] == 4
+    assert last["train/loss"] == whole[-1]["train/loss"]
+
+
+@pytest.mark.parametrize("method", ["full", "heads", "lora"])
+def test_fine_tuning(pet_run: str, fastft: Any, method: str) -> None:
+    done(fastft, "train", pet_run)
+    done(fastft, "export", pet_run, "--to", "old.ckpt")
+    tree = {"adapter": "pet", "checkpoint": "old.ckpt", "options": {"stress": True}}
+    text = Path(pet_run).read_text()
+    start, end = text.index("[model]"), text.index("[data]")
+    Path("tune.toml").write_text(text[:start] + tomli_w.dumps({"model": tree}) + "\n" + text[end:])
+    done(fastft, "train", "tune.toml", "run.folder=tuned", f"finetune.method={method}")
+    done(fastft, "evaluate", "tune.toml", "run.folder=tuned", f"finetune.method={method}")
+    done(
+        *(fastft, "export", "tune.toml", "--to", "new.ckpt"),
+        *("run.folder=tuned", f"finetune.method={method}"),
+    )
+    old, new = (read_model(Path(name)) for name in ("old.ckpt", "new.ckpt"))
+    assert old is not None
+    assert new is not None
+    before, after = old.state_dict(), new.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    if method == "heads":
+        assert all("_heads." in name or "_last_layers." in name for name in changed)
+    # Composition and scale are the checkpoint's.
+    assert not any("buffer" in name for name in changed)
+
+
+def test_a_target_that_moved(pet_run: str, fastft: Any) -> None:
+    done(fastft, "train", pet_run)
+    done(fastft, "export", pet_run, "--to", "old.ckpt")
+    moved = ase.io.read("atoms.xyz", ":")
+    assert isinstance(moved, list)
+    for atoms in moved:
+        atoms.calc.results["energy"] += 100.0 * len(atoms)  # type: ignore[union-attr]
+    ase.io.write("atoms.xyz", moved, format="extxyz")
+    tree = {"checkpoint": "old.ckpt", "adapter": "pet", "options": {"stress": True}}
+    text = Path(pet_run).read_text()
+    start, end = text.index("[model]"), text.index("[data]")
+    Path("tune.toml").write_text(text[:start] + tomli_w.dumps({"model": tree}) + "\n" + text[end:])
+    for fit, shift in (("new", 0.0), ("always", 100.0)):
+        settings = (f"run.folder={fit}", f"model.options.fit={fit}")
+        done(fastft, "train", "tune.toml", *settings)
+        done(fastft, "export", "tune.toml", "--to", f"{fit}.ckpt", *settings)
+        old, new = (read_model(Path(name)) for name in ("old.ckpt", f"{fit}.ckpt"))
+        assert old is not None
+        assert new is not None
+        difference = Baseline("energy")(new)[0] - Baseline("energy")(old)[0]
+        torch.testing.assert_close(
+            difference, torch.full_like(difference, shift), atol=1e-3, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("step.compile=blocks", "step.compile: must be 'off', since the loss differentiates the"),
+        ("step.layer_norm=fused", "step.layer_norm: must be 'auto' or 'torch', since the loss"),
+        ("step.precision=bf16", "step.precision: must be 'fp32' or 'tf32', since PET's forces"),
+        ("loss.terms=[{ name = 'mse' }]", "loss.terms: must be absent, since the pet adapter has"),
+    ],
+)
+def test_what_pet_cannot(
+    pet_run: str, fastft: Callable[..., Any], settings: str, said: str
+) -> None:
+    outcome = fastft("train", pet_run, settings)
+    assert outcome.code == 2
+    assert outcome.errors.startswith(f"fastft: {said}")
+    assert not list(Path("run").glob("checkpoints/*"))
+
+
+def test_ethanol(ethanol: Path, pet_run: str, fastft: Any) -> None:
+    """Real molecules: no finding but a unit that is wrong."""
+    file = f"path = '{ethanol}'"
+    settings = (
+        f"data.train=[{{ {file}, name = 'train', options = {{ frames = ':80' }} }}]",
+        f"data.validation=[{{ {file}, name = 'held out', options = {{ frames = '80:' }} }}]",
+        *("model.options.stress=false", "data.checks.ignore=[]", "evaluate.metrics=[]"),
+    )
+    said = done(fastft, "train", pet_run, *settings)
+    assert said.count("warning (energy-units)") == said.count("warning (") == 2
+    assert "as of kcal/mol" in said
+    right = "model.options.unit=kcal/mol"
+    said = done(fastft, "train", pet_run, *settings, right, "run.folder=right")
+    assert "warning" not in said
+    assert "forces_rmse_kcal_mol_per_angstrom" in said
+
+
+def test_the_example(pet_run: str, fastft: Any) -> None:
+    done(fastft, "train", pet_run)
+    done(fastft, "export", pet_run, "--to", "pretrained.ckpt")
+    Path("train.xyz").write_text(Path("atoms.xyz").read_text())
+    ase.io.write("validation.xyz", ase.io.read("atoms.xyz", "9:"), format="extxyz")
+    file = EXAMPLES / "finetune.toml"
+    assert len(file.read_text().splitlines()) <= 40
+    smaller = (
+        *("run.folder=example", "run.device=cpu", "run.steps=3", "optim.schedule.warmup_steps=1"),
+        *(
+            "data.workers=0",
+            "data.batch_size=4",
+            "evaluate.every_steps=3",
+            "checkpoint.every_steps=3",
+        ),
+        # Most of the structures have no stress; the held-out ones are in both files.
+        "data.checks.ignore=['missing', 'leakage']",
+    )
+    done(fastft, "train", str(file), *smaller)
+    done(fastft, "export", str(file), "--to", "tuned.ckpt", *smaller)
+    model = read_model(Path("tuned.ckpt"))
+    assert model is not None
+    assert list(model.dataset_info.targets) == ["energy/pbe0"]

@@ -1,0 +1,196 @@
+"""Checkpoints both ways: those that upstream wrote, and those that it is to read."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import metatrain.pet
+import pytest
+import torch
+from ase.md.verlet import VelocityVerlet
+from metatomic_ase import MetatomicCalculator
+from metatrain.pet.modules.finetuning import apply_finetuning_strategy
+from metatrain.utils.io import load_model, trainer_from_checkpoint
+from upstream_pet import Upstream
+
+from fastft.adapters.pet.baseline import fit_baseline
+from fastft.checkpoint import Weights, load_weights
+from fastft.config import DataSource, ModelConfig
+from fastft.errors import CheckpointError, ConfigError
+from fastft.task import Batch
+
+FIXTURES = Path(metatrain.pet.__file__).parent / "tests" / "checkpoints"
+
+
+@pytest.fixture
+def saved(make_adapter: Any, build: Any, atoms_file: Path, tmp_path: Path) -> Any:
+    """Writes a fitted model's checkpoint: its path, the task, and its predictions of the file."""
+
+    def make(**options: Any) -> tuple[Path, Any, Any]:
+        adapter = make_adapter(**options)
+        task = build(adapter)
+        data = adapter.dataset(DataSource(path=atoms_file), "train")
+        fit_baseline(task.model, adapter.options.target, data.samples)
+        path = tmp_path / "saved.ckpt"
+        adapter.save(task, path)
+        return path, task, predict(adapter, task, data)
+
+    return make
+
+
+def predict(adapter: Any, task: Any, data: Any) -> dict[str, torch.Tensor]:
+    samples = [adapter.transform(data[i], "validation") for i in range(len(data))]
+    task.model.eval()
+    with torch.no_grad():
+        return task.loss(task.model, Batch(adapter.collate(samples), len(samples))).predictions
+
+
+def load(adapter: Any, task: Any, path: Path) -> Any:
+    weights = Weights(path, "torch", dict(adapter.weights(path)))
+    config = ModelConfig(adapter="pet")
+    return load_weights(task.model, weights, config, {}, [*task.added, *task.low_rank])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_upstream_predicts_the_same_to_the_bit(saved: Any, atoms_file: Path, dtype: str) -> None:
+    path, task, ours = saved(dtype=dtype)
+    model = load_model(path)
+    exported = model.export().to(getattr(torch, dtype))
+    theirs = Upstream(task.model, atoms_file, stress=False).predict(exported.eval())
+    assert torch.equal(ours["forces"], theirs["forces"])
+    if dtype == "float64":
+        assert torch.equal(ours["energy"], theirs["energy"])
+    # Upstream adds the composition in the model's precision, fastft in float64.
+    torch.testing.assert_close(ours["energy"].to(theirs["energy"].dtype), theirs["energy"])
+
+
+def test_a_checkpoint_loads_as_it_was(
+    saved: Any, make_adapter: Any, build: Any, atoms_file: Path
+) -> None:
+    path, task, ours = saved()
+    adapter = make_adapter(elements=[])
+    again = build(adapter, path)
+    report = load(adapter, again, path)
+    assert not report.new
+    assert report.coverage == 1.0
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    data = adapter.dataset(DataSource(path=atoms_file), "train")
+    for name, predicted in predict(adapter, again, data).items():
+        assert torch.equal(predicted, ours[name])
+
+
+def test_training_goes_on_upstream(saved: Any) -> None:
+    path, _, _ = saved()
+    for context in ("restart", "finetune"):
+        content = torch.load(path, weights_only=False)
+        trainer_from_checkpoint(content, context, {})
+        assert load_model(path).dataset_info.targets["energy"].unit == "eV"
+
+
+def test_molecular_dynamics(saved: Any, structures: Any, tmp_path: Path) -> None:
+    path, _, _ = saved()
+    load_model(path).export().save(str(tmp_path / "model.pt"))
+    atoms = structures[9].copy()
+    atoms.calc = MetatomicCalculator(str(tmp_path / "model.pt"))
+    before = atoms.positions.copy()
+    VelocityVerlet(atoms, timestep=0.1).run(3)
+    assert (atoms.positions != before).any()
+
+
+@pytest.mark.parametrize("inherit", [None, "energy"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_new_target(
+    saved: Any, make_adapter: Any, build: Any, tmp_path: Path, inherit: str | None, keep: bool
+) -> None:
+    path, task, _ = saved()
+    options = {"target": "energy/pbe0", "inherit_heads": inherit, "keep_targets": keep}
+    adapter = make_adapter(elements=[], unit="Hartree", description="PBE0", **options)
+    new = build(adapter, path)
+    report = load(adapter, new, path)
+    assert set(report.new) == set(new.added)
+    old, state = task.model.state_dict(), new.model.state_dict()
+    head = "backend.node_heads.energy{}.0.0.weight"
+    same = torch.equal(state[head.format("/pbe0")], old[head.format("")])
+    assert same == (inherit is not None)
+    assert (head.format("/pbe0") in report.new) == (inherit is None)
+    assert (head.format("") in state) == keep
+    assert all("pbe0" in name for name in new.added)
+    body = "backend.gnn_layers.0.compress.0.weight"
+    assert torch.equal(state[body], old[body])
+    adapter.save(new, tmp_path / "new.ckpt")
+    info = load_model(tmp_path / "new.ckpt").dataset_info
+    assert list(info.targets) == (["energy", "energy/pbe0"] if keep else ["energy/pbe0"])
+    assert info.targets["energy/pbe0"].unit == "Hartree"
+    assert info.targets["energy/pbe0"].description == "PBE0"
+    assert "targets" in str(adapter.describe(tmp_path / "new.ckpt"))
+
+
+@pytest.mark.parametrize("version", ["model-v1_trainer-v1", "model-v16_trainer-v15"])
+def test_old_formats(version: str, make_adapter: Any, build: Any, tmp_path: Path) -> None:
+    path = tmp_path / "old.ckpt"
+    path.write_bytes(gzip.decompress((FIXTURES / f"{version}.ckpt.gz").read_bytes()))
+    adapter = make_adapter(elements=[])
+    task = build(adapter, path)
+    assert load(adapter, task, path).coverage == 1.0
+    assert dict(adapter.describe(path).rows)["elements"] == "H, C, N, O"
+
+
+def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: Path) -> None:
+    path, task, _ = saved()
+    for options, message in (
+        ({"elements": ["H"]}, "hypers and elements must be left out, since the checkpoint says"),
+        ({"unit": "Hartree"}, r"model\.options\.unit: must be that of the .* 'eV'; got 'Hartree'"),
+        ({"inherit_heads": "energy"}, "must name a target of the checkpoint, for a target that it"),
+        ({"target": "energy/x", "inherit_heads": "enrgy"}, "did you mean 'energy'"),
+        ({"target": "energy/x", "unit": "parsec"}, "must be an energy's unit"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(make_adapter(**{"elements": [], **options}), path)
+    with pytest.raises(ConfigError, match=r"--to: must end in \.ckpt"):
+        make_adapter().save(task, tmp_path / "model.pt")
+    torch.save({"architecture_name": "soap_bpnn"}, tmp_path / "other.ckpt")
+    with pytest.raises(
+        CheckpointError, match="must be a checkpoint of PET; got one of 'soap_bpnn'"
+    ):
+        build(make_adapter(elements=[]), tmp_path / "other.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="must be a checkpoint of metatrain; got"):
+        build(make_adapter(elements=[]), tmp_path / "broken.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"elements": []}, r"must name the model's elements .*; got none; add them"),
+        ({"elements": ["H", "Cc"]}, "must be chemical symbols; got 'Cc'"),
+        ({"hypers": {"d_pett": 8}}, "'d_pett' must be one of upstream's; did you mean 'd_pet'"),
+    ],
+)
+def test_bad_options(make_adapter: Any, build: Any, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(make_adapter(**options))
+
+
+def test_low_rank_updates_of_upstreams(
+    saved: Any, make_adapter: Any, build: Any, tmp_path: Path
+) -> None:
+    path, _, _ = saved()
+    strategy = {"method": "lora", "config": {"rank": 2}, "inherit_heads": {}, "read_from": ""}
+    model = apply_finetuning_strategy(load_model(path), strategy)
+    torch.save({**torch.load(path, weights_only=False), **lora_part(model)}, path)
+    adapter = make_adapter(elements=[])
+    task = build(adapter, path)
+    assert task.low_rank
+    assert all(".lora_" in name for name in task.low_rank)
+    assert load(adapter, task, path).coverage == 1.0
+    adapter.save(task, tmp_path / "again.ckpt")
+    again = load_model(tmp_path / "again.ckpt").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def lora_part(model: Any) -> dict[str, Any]:
+    content = model.get_checkpoint()
+    content["best_model_state_dict"] = content["model_state_dict"]
+    return content
