@@ -41,7 +41,7 @@ class PetAdapter:
         self._new: tuple[str, ...] = ()
         self._fits = False
         # Of what `build` made.
-        self._cutoff, self._elements, self._unit = 0.0, (), ""
+        self._cutoff, self._elements, self._unit, self._adaptive = 0.0, (), "", False
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
         self.checks: Sequence[DataCheck] = atoms_checks(lambda: self._unit)
@@ -66,6 +66,7 @@ class PetAdapter:
         self._fits = options.fit == "always" or not known
         self._cutoff, self._elements = model.cutoff, tuple(model.atomic_types)
         self._unit = unit_of(model, options.target)
+        self._adaptive = model.num_neighbors_adaptive is not None
         model.to(device)
         return Task(
             model=model,
@@ -104,8 +105,13 @@ class PetAdapter:
     def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """See `fastft.adapters.pet.batch`."""
         options = self.options
-        dtype = getattr(torch, options.dtype)
-        return collate(samples, dtype=dtype, forces=options.forces, stress=options.stress)
+        return collate(
+            samples,
+            dtype=getattr(torch, options.dtype),
+            forces=options.forces,
+            stress=options.stress,
+            grid=not self._adaptive,
+        )
 
     def prepare(self, task: Task, loader: Loader) -> None:
         """Fits composition energies and scale of a new target."""

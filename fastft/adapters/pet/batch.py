@@ -1,8 +1,9 @@
 """Structures of any sizes as one batch: their atoms one after another, counted in `system`.
 
 Shapes, for B structures with N atoms and P pairs in all: `positions` [N, 3], `species` and `system`
-[N], `cells` [B, 3, 3], `atoms` [B], `centers` and `neighbours` [P], `shifts` [P, 3]; the labels
-`energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in float64, NaN where there is none.
+[N], `cells` [B, 3, 3], `atoms` [B], `centers` and `neighbours` [P], `shifts` [P, 3], and what
+`make_grid` returns; the labels `energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in float64, NaN
+where there is none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,21 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastft.adapters.pet.pairs import make_grid
 from fastft.task import Sample
 
 
 def collate(
-    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool
+    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool, grid: bool
 ) -> dict[str, Tensor]:
     """One batch.
 
     Args:
         dtype: of positions and cells.
         forces, stress: whether the batch holds these labels.
+        grid: whether the model's pairs are known by now.
     """
     structures = [sample["structure"] for sample in samples]
     sizes = [len(structure["species"]) for structure in structures]
-    pairs = [sample["neighbours"] for sample in samples]
+    found = [sample["neighbours"] for sample in samples]
     starts = np.cumsum([0, *sizes[:-1]])
     batch = {
         "positions": _joined(structures, "positions").to(dtype),
@@ -33,11 +36,14 @@ def collate(
         "system": torch.from_numpy(np.repeat(np.arange(len(samples)), sizes)),
         "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
         "atoms": torch.tensor(sizes),
-        "shifts": _joined(pairs, "shifts"),
+        "shifts": _joined(found, "shifts"),
     }
     for name in ("centers", "neighbours"):
-        moved = [p[name] + start for p, start in zip(pairs, starts, strict=True)]
+        moved = [pairs[name] + start for pairs, start in zip(found, starts, strict=True)]
         batch[name] = torch.from_numpy(np.concatenate(moved))
+    if grid:
+        pairs = (batch["centers"], batch["neighbours"], batch["shifts"])
+        batch |= make_grid(*pairs, atoms=sum(sizes))
     shapes: dict[str, Sequence[tuple[int, ...]]] = {"energy": [()] * len(samples)}
     if forces:
         shapes["forces"] = [(size, 3) for size in sizes]

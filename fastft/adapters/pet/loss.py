@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fastft.adapters.pet.baseline import Baseline, type_index
 from fastft.adapters.pet.options import PetOptions
+from fastft.adapters.pet.pairs import network_inputs
 from fastft.errors import ConfigError
 from fastft.task import Batch, Loss
 
@@ -53,7 +54,8 @@ class PetLoss:
             parts["forces"] = self._error(gradient / scale, -batch["forces"] / scale)
             predictions["forces"] = -gradient.detach()
         if virial is not None:
-            volume = batch["cells"].double().det().abs()[:, None, None]
+            a, b, c = batch["cells"].double().unbind(1)
+            volume = (a * b.cross(c, dim=1)).sum(1).abs()[:, None, None]
             sizes = atoms[:, None, None]
             target = batch["stress"] * volume / scale / sizes
             parts["stress"] = self._error(virial / scale / sizes, target)
@@ -113,19 +115,9 @@ def _atomic_energies(
     model: PET, target: str, positions: Tensor, cells: Tensor, batch: Batch
 ) -> Tensor:
     """What the network says of each atom, `[N]`, in units of the scale."""
-    backend, system = model.backend, batch["system"]
-    data = backend.preprocess(
-        positions,
-        batch["centers"],
-        batch["neighbours"],
-        batch["species"],
-        cells,
-        batch["shifts"],
-        system,
-        model.cutoff_width_adaptive,
-    )
-    nodes, edges = backend.calculate_features(data)
-    predictions, _, _ = backend.predict(nodes, edges, data, cells, system, [target])
+    data = network_inputs(model, positions, cells, batch)
+    nodes, edges = model.backend.calculate_features(data)
+    predictions, _, _ = model.backend.predict(nodes, edges, data, cells, batch["system"], [target])
     return predictions[target][0].flatten()
 
 

@@ -35,7 +35,8 @@ def make_adapter() -> Callable[..., PetAdapter]:
     """An adapter of the tiny model, or, with `elements = []`, of a checkpoint's."""
 
     def make(**options: Any) -> PetAdapter:
-        tree = {"elements": ["H", "C", "O"], "hypers": TINY, **options}
+        options["hypers"] = {**TINY, **options.pop("hypers", {})}
+        tree = {"elements": ["H", "C", "O"], **options}
         if not tree["elements"]:
             tree.pop("hypers")
         return PetAdapter(parse(PetOptions, tree, key="model.options"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from upstream_pet import Upstream
+from waits import Waits
 
 from fastft.adapters.pet import PetAdapter
 from fastft.adapters.pet.baseline import Baseline
@@ -43,11 +44,19 @@ def batch_of(adapter: PetAdapter, data: Any) -> Batch:
     return Batch(adapter.collate(samples), len(samples))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 2e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "hypers"),
+    [
+        ("float64", 1e-9, {}),
+        ("float32", 2e-4, {}),
+        ("float64", 1e-9, {"num_neighbors_adaptive": 4, "cutoff": 4.0}),
+        ("float64", 1e-9, {"cutoff_function": "Cosine", "featurizer_type": "residual"}),
+    ],
+)
 def test_upstream_has_the_same_loss_and_gradients(
-    fitted: Any, atoms_file: Path, dtype: str, tolerance: float
+    fitted: Any, atoms_file: Path, dtype: str, tolerance: float, hypers: dict[str, Any]
 ) -> None:
-    _, task, batch = fitted(dtype=dtype, stress=True)
+    _, task, batch = fitted(dtype=dtype, stress=True, hypers=hypers)
     loss = task.loss(task.model, batch)
     loss.total.backward()
     ours = gradients(task)
@@ -178,6 +187,15 @@ def test_a_frozen_body_is_differentiated_too(fitted: Any) -> None:
     task.loss(task.model, batch).total.backward()
     assert not task.model.backend.training  # type: ignore[union-attr]
     assert {n.split(".")[1] for n in gradients(task)} == {h.split(".")[1] for h in task.heads}
+
+
+def test_nothing_waits_for_the_device(fitted: Any) -> None:
+    _, task, batch = fitted(stress=True)
+    # The baseline is read once.
+    task.loss(task.model, batch)
+    with Waits() as waits:
+        task.loss(task.model, batch).total.backward()
+    assert waits.found == []
 
 
 def test_autocast_is_refused(fitted: Any) -> None:

@@ -176,7 +176,7 @@ def test_low_rank_updates_of_upstreams(
     saved: Any, make_adapter: Any, build: Any, tmp_path: Path
 ) -> None:
     path, _, _ = saved()
-    strategy = {"method": "lora", "config": {"rank": 2}, "inherit_heads": {}, "read_from": ""}
+    strategy: Any = {"method": "lora", "config": {"rank": 2}, "inherit_heads": {}, "read_from": ""}
     model = apply_finetuning_strategy(load_model(path), strategy)
     torch.save({**torch.load(path, weights_only=False), **lora_part(model)}, path)
     adapter = make_adapter(elements=[])
