@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 from metatrain.pet import PET
 from metatrain.pet.modules.finetuning import copy_head_weights
 from metatrain.utils.architectures import get_default_hypers
@@ -99,11 +99,8 @@ def _from_options(options: PetOptions) -> PET:
 def _fit_targets(model: PET, options: PetOptions, checkpoint: Path) -> tuple[str, ...]:
     """Adds the target where the checkpoint has none, drops the others; the names of what is new."""
     info, target = model.dataset_info, options.target
-    if options.hypers or options.elements:
-        raise ConfigError(
-            "model.options: hypers and elements must be left out, since the checkpoint says them;"
-            f" got {'hypers' if options.hypers else 'elements'}; remove them"
-        )
+    if problems := list(_contradictions(model, options)):
+        raise ConfigError(problems)
     # None in some old files.
     if info.length_unit.lower() not in ("", "a", "angstrom"):
         raise AdapterError(
@@ -131,6 +128,23 @@ def _fit_targets(model: PET, options: PetOptions, checkpoint: Path) -> tuple[str
         for name in [name for name in model.dataset_info.targets if name != target]:
             _drop(model, name)
     return new
+
+
+def _contradictions(model: PET, options: PetOptions) -> Iterator[str]:
+    """Where the options say something else than the checkpoint does."""
+    own = [chemical_symbols[number] for number in model.atomic_types]
+    if options.elements and set(options.elements) != set(own):
+        yield (
+            f"model.options.elements: must be the checkpoint's, {', '.join(own)}; got"
+            f" {', '.join(options.elements)}; remove them"
+        )
+    hypers = cast(dict[str, Any], model.hypers)
+    for name, value in options.hypers.items():
+        if name not in hypers or hypers[name] != value:
+            yield (
+                f"model.options.hypers: {name} must be the checkpoint's, {hypers.get(name)}; got"
+                f" {value}; remove it"
+            )
 
 
 def _check_known(model: PET, options: PetOptions) -> None:

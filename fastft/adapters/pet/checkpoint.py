@@ -20,6 +20,11 @@ from fastft.names import state_dict
 from fastft.task import Description
 
 SUFFIX = ".ckpt"
+# What a file can raise that is no pickle, or one of classes that are not there.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError),
+    *(ImportError, AttributeError),
+)
 
 
 def read_model(path: Path) -> PET | None:
@@ -35,7 +40,7 @@ def read_model(path: Path) -> PET | None:
         return None
     try:
         content = torch.load(path, "cpu", weights_only=False)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{path}: must be a checkpoint of metatrain; got {type(error).__name__}: {error}; give"
             " a file that `mtt train` wrote"

@@ -37,8 +37,8 @@ class PetLoss:
         assert isinstance(model, PET)
         if torch.is_autocast_enabled(batch["positions"].device.type):
             raise ConfigError(
-                "step.precision: must be 'fp32' or 'tf32', since PET's forces lose too much in 16"
-                " bits; got autocast; set it"
+                "step.precision: must be 'fp32' or 'tf32', since PET is trained in full precision,"
+                " as by upstream; got autocast; set it"
             )
         weights, scale = self._baseline(model)
         network, gradient, virial = self._differentiate(model, batch, scale)
@@ -100,13 +100,13 @@ class PetLoss:
         present = ~target.isnan()
         # Before anything else: a gradient would be NaN times 0.
         difference = torch.where(present, predicted - target.to(predicted.dtype), 0)
-        none = torch.zeros_like(difference)
         options = self._options.loss
         if options.kind == "mse":
             total = difference.square().sum()
         elif options.kind == "mae":
             total = difference.abs().sum()
         else:
+            none = torch.zeros_like(difference)
             total = functional.huber_loss(difference, none, reduction="sum", delta=options.delta)
         return total / present.sum().clamp(min=1)
 

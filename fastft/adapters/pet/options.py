@@ -59,10 +59,13 @@ class PetOptions:
     stress: Annotated[bool, Field(description="Train on stress, of periodic structures.")] = False
     hypers: Annotated[
         dict[str, Any],
-        Field(description="Without a checkpoint: upstream's model hypers, over its defaults."),
+        Field(
+            description="Upstream's model hypers, over its defaults; for a model without a"
+            " checkpoint."
+        ),
     ] = field(default_factory=dict)
     elements: Annotated[
-        tuple[str, ...], Field(description="Without a checkpoint: chemical symbols of the model.")
+        tuple[str, ...], Field(description="Chemical symbols, for a model without a checkpoint.")
     ] = ()
     dtype: Annotated[
         Literal["float32", "float64"], Field(description="Of weights and computations.")

@@ -68,7 +68,8 @@ def test_a_checkpoint_loads_as_it_was(
     saved: Any, make_adapter: Any, build: Any, atoms_file: Path
 ) -> None:
     path, task, ours = saved()
-    adapter = make_adapter(elements=[])
+    # The run file that made it may be used as it is.
+    adapter = make_adapter()
     again = build(adapter, path)
     report = load(adapter, again, path)
     assert not report.new
@@ -119,7 +120,9 @@ def test_a_new_target(
     body = "backend.gnn_layers.0.compress.0.weight"
     assert torch.equal(state[body], old[body])
     adapter.save(new, tmp_path / "new.ckpt")
-    info = load_model(tmp_path / "new.ckpt").dataset_info
+    saved_again = load_model(tmp_path / "new.ckpt")
+    assert "energy/pbe0" in saved_again.export().capabilities().outputs
+    info = saved_again.dataset_info
     assert list(info.targets) == (["energy", "energy/pbe0"] if keep else ["energy/pbe0"])
     assert info.targets["energy/pbe0"].unit == "Hartree"
     assert info.targets["energy/pbe0"].description == "PBE0"
@@ -139,7 +142,8 @@ def test_old_formats(version: str, make_adapter: Any, build: Any, tmp_path: Path
 def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: Path) -> None:
     path, task, _ = saved()
     for options, message in (
-        ({"elements": ["H"]}, "hypers and elements must be left out, since the checkpoint says"),
+        ({"elements": ["H"]}, "must be the checkpoint's, H, C, O; got H; remove them"),
+        ({"elements": ["H", "C", "O"], "hypers": {"d_pet": 16}}, "d_pet must be the .* 8; got 16"),
         ({"unit": "Hartree"}, r"model\.options\.unit: must be that of the .* 'eV'; got 'Hartree'"),
         ({"inherit_heads": "energy"}, "must name a target of the checkpoint, for a target that it"),
         ({"target": "energy/x", "inherit_heads": "enrgy"}, "did you mean 'energy'"),
