@@ -126,6 +126,34 @@ def test_fine_tuning(pet_run: str, fastft: Any, method: str) -> None:
     assert not any("buffer" in name for name in changed)
 
 
+def test_training_follows_upstreams(pet_run: str, fastft: Any) -> None:
+    """Ten steps of Adam on all structures: the losses of upstream's own loop."""
+    done(fastft, "train", pet_run)
+    done(fastft, "export", pet_run, "--to", "old.ckpt")
+    ase.io.write("nine.xyz", ase.io.read("atoms.xyz", ":9"), format="extxyz")
+    done(
+        *(fastft, "train", pet_run, "run.folder=ten", "run.steps=10", "model.checkpoint=old.ckpt"),
+        *("model.options.dtype=float64", "model.options.augment=false", "data.batch_size=9"),
+        *("optim.lr=1e-3", "optim.schedule.name=constant", "gradients.clip_norm=1.0"),
+    )
+    lines = map(json.loads, Path("ten/metrics.jsonl").read_text().splitlines())
+    ours = [record["train/loss"] for record in lines if "train/loss" in record]
+    model = read_model(Path("old.ckpt"))
+    assert model is not None
+    upstream = Upstream(model.double(), Path("nine.xyz"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    theirs = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = upstream.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        theirs.append(loss.item())
+    assert ours == pytest.approx(theirs, rel=1e-7)
+    assert ours[-1] < ours[0]
+
+
 def test_a_target_that_moved(pet_run: str, fastft: Any) -> None:
     done(fastft, "train", pet_run)
     done(fastft, "export", pet_run, "--to", "old.ckpt")
