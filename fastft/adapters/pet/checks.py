@@ -41,18 +41,20 @@ class Seen:
 
     Attributes:
         where: data set and split.
+        indices: of the structures in the data set; all else here goes by the order of reading.
         species: of each structure.
         energies: NaN where there is none.
         nearest: of each structure, its shortest distance over the sum of covalent radii; NaN where
             no two atoms are neighbours.
         alone: atoms without neighbours.
         net: length of the sum of forces over the root of the sum of their squares.
-        prints: hash of a structure's own coordinates -> indices.
+        prints: hash of a structure's own coordinates -> structures.
         unused: structures with cell vectors along which they do not repeat.
         strained: structures with a stress that do not repeat in all directions.
     """
 
     where: str
+    indices: list[int] = field(default_factory=list)
     species: list[np.ndarray] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
     nearest: list[float] = field(default_factory=list)
@@ -62,10 +64,15 @@ class Seen:
     unused: list[int] = field(default_factory=list)
     strained: list[int] = field(default_factory=list)
 
+    def name(self, number: int) -> str:
+        """The structure that was read as this one, by its place in the data set."""
+        return f"structure {self.indices[number]}"
+
     def add(self, sample: Sample) -> None:
         """Takes a sample in."""
         structure = sample["structure"]
         index = len(self.species)
+        self.indices.append(structure["index"])
         self.species.append(structure["species"])
         self.energies.append(float(sample.get("energy", np.nan)))
         self.nearest.append(_nearest(sample))
@@ -134,7 +141,7 @@ def energy_units(seen: Seen, unit: Callable[[], str]) -> Iterator[Finding]:
         f"must be in {unit()}; got {ratio:.3g} times the energy of all electrons of the"
         f" atoms{guess}",
         [index],
-        f"structure {index}: {seen.energies[index]:.6g}",
+        f"{seen.name(index)}: {seen.energies[index]:.6g}",
         "set model.options.unit, or convert energies, forces and stress",
     )
 
@@ -155,7 +162,7 @@ def length_units(seen: Seen) -> Iterator[Finding]:
         "must be in angstrom; got nearest atoms"
         f" {middle:.2g} times as far apart as bonds are{guess}",
         list(range(len(found))),
-        f"structure {int(np.nanargmin(np.abs(found - middle)))}",
+        seen.name(int(np.nanargmin(np.abs(found - middle)))),
         "convert positions, cells and forces",
     )
 
@@ -188,7 +195,7 @@ def energy_outliers(seen: Seen) -> Iterator[Finding]:
             f"energies per atom must be near what composition says; got {len(far)} farther than"
             f" {FAR:g} standard deviations ({spread:.3g})",
             list(far),
-            f"structure {worst}: {energies[worst]:.6g}",
+            f"{seen.name(worst)}: {energies[worst]:.6g}",
             "look for calculations that did not converge, or of another method",
         )
 
@@ -204,7 +211,7 @@ def net_forces(seen: Seen) -> Iterator[Finding]:
             "forces",
             f"must sum to zero; got {len(found)} structures where they do not",
             found,
-            f"structure {worst}: a sum of {seen.net[worst]:.1%} of all forces' norm",
+            f"{seen.name(worst)}: a sum of {seen.net[worst]:.1%} of all forces' norm",
             "look for fixed atoms, external fields and forces of another frame",
         )
 
@@ -221,7 +228,7 @@ def overlapping_atoms(seen: Seen) -> Iterator[Finding]:
             f"atoms must be apart by {OVERLAP:g} of a bond; got {len(found)} structures with"
             " closer ones",
             found,
-            f"structure {worst}: {seen.nearest[worst]:.2g} of a bond",
+            f"{seen.name(worst)}: {seen.nearest[worst]:.2g} of a bond",
             "look at it; a cell that is too small gives such distances too",
         )
 
@@ -238,7 +245,7 @@ def isolated_atoms(seen: Seen) -> Iterator[Finding]:
             "atoms should have neighbours within the cutoff; got"
             f" {len(found)} structures with some that have none",
             found,
-            f"structure {worst}: {seen.alone[worst]} atoms",
+            f"{seen.name(worst)}: {seen.alone[worst]} atoms",
             "the model sees no force on them; look for broken molecules, or a cell without pbc",
         )
 
@@ -253,7 +260,7 @@ def cells(seen: Seen) -> Iterator[Finding]:
             "only structures that are periodic in all directions have one; got"
             f" {len(seen.strained)} others",
             seen.strained,
-            f"structure {seen.strained[0]}",
+            seen.name(seen.strained[0]),
             "remove it there, or set pbc",
             "error",
         )
@@ -265,7 +272,7 @@ def cells(seen: Seen) -> Iterator[Finding]:
             "a cell counts only where the structure repeats; got"
             f" {len(seen.unused)} structures with cell vectors that do not",
             seen.unused,
-            f"structure {seen.unused[0]}",
+            seen.name(seen.unused[0]),
             "set pbc to T where it repeats",
         )
 
@@ -282,7 +289,7 @@ def duplicate_structures(seen: Seen) -> Iterator[Finding]:
             "structures",
             f"the same structure must have one energy; got {len(torn)} with several",
             torn,
-            f"structures {torn[0][0]} and {torn[0][1]}",
+            f"{seen.name(torn[0][0])} and {seen.name(torn[0][1])}",
             "keep the right ones",
             "error",
         )
@@ -293,7 +300,7 @@ def duplicate_structures(seen: Seen) -> Iterator[Finding]:
             "structures",
             f"each structure should be there once; got {len(same)} that are there more often",
             same,
-            f"structures {same[0][0]} and {same[0][1]}",
+            f"{seen.name(same[0][0])} and {seen.name(same[0][1])}",
             "remove copies, which weigh more than others",
         )
 

@@ -85,7 +85,7 @@ def open_structures(
         raise DataError(problems)
     samples, problems = [], []
     for index, frame in enumerate(frames):
-        sample = {"structure": _structure(frame), **_labels(frame, names, options)}
+        sample = {"structure": _structure(index, frame), **_labels(frame, names, options)}
         samples.append(sample)
         shapes = {"energy": (), "forces": (len(frame), 3), "stress": (3, 3)}
         problems += [
@@ -134,7 +134,7 @@ def with_neighbours(
     }
 
 
-def _structure(frame: ase.Atoms) -> dict[str, Any]:
+def _structure(index: int, frame: ase.Atoms) -> dict[str, Any]:
     pbc = np.array(frame.pbc)
     # Upstream's models see no cell vector where nothing repeats.
     cell = np.where(pbc[:, None], np.array(frame.cell), 0.0)
@@ -144,7 +144,8 @@ def _structure(frame: ase.Atoms) -> dict[str, Any]:
         "positions": positions,
         "cell": cell,
         "pbc": pbc,
-        # For the data checks: what the file says, and a print that no turn changes.
+        # For the data checks: its place, what the file says, and a print that no turn changes.
+        "index": index,
         "file_cell": np.array(frame.cell),
         "print": hashlib.blake2b(numbers.tobytes() + positions.tobytes() + cell.tobytes()).digest(),
     }
@@ -163,7 +164,7 @@ def _labels(
             array = _tensor(array)
             if options.virial is not None:
                 volume = abs(np.linalg.det(np.array(frame.cell)))
-                # No volume, no stress: a check says so.
+                # No volume, no stress: the check for missing labels says so.
                 array = -array / volume if volume else np.full_like(array, np.nan)
         if not np.isnan(array).all():
             labels[label] = array

@@ -21,13 +21,14 @@ from fastft.task import Finding
 def find(make_adapter: Any, build: Any, tmp_path: Path) -> Callable[..., list[Finding]]:
     """What the adapter's checks find in structures."""
 
-    def run(frames: list[ase.Atoms], **options: Any) -> list[Finding]:
+    def run(frames: list[ase.Atoms], most: int = 1000, **options: Any) -> list[Finding]:
         ase.io.write(tmp_path / "data.xyz", frames, format="extxyz")
         adapter = make_adapter(**{"elements": ["H", "C", "O", "Cu"], **options})
         task = build(adapter)
         source = open_source(adapter, DataSource(path=tmp_path / "data.xyz", name="data"), "train")
         own = {check.__name__.replace("_", "-") for check in adapter.checks}
-        found = run_checks([source], adapter.checks, task.fields, ChecksConfig())
+        config = ChecksConfig(max_samples=most)
+        found = run_checks([source], adapter.checks, task.fields, config)
         return [finding for finding in found if finding.check in own]
 
     return run
@@ -128,8 +129,13 @@ def copied_with_another_energy(frames: list[ase.Atoms]) -> None:
         (too_close, "overlapping-atoms", "warning", "structure 5: 0."),
         (broken, "isolated-atoms", "warning", "structure 5: 1 atoms"),
         (unused_cell, "cells", "warning", "structure 5"),
-        (copied, "duplicate-structures", "warning", "structures 5 and 40"),
-        (copied_with_another_energy, "duplicate-structures", "error", "structures 5 and 40"),
+        (copied, "duplicate-structures", "warning", "structure 5 and structure 40"),
+        (
+            copied_with_another_energy,
+            "duplicate-structures",
+            "error",
+            "structure 5 and structure 40",
+        ),
     ],
 )
 def test_bad_structures(
@@ -149,3 +155,11 @@ def test_stress_of_a_molecule(find: Any) -> None:
     (finding,) = find(frames, stress=True)
     assert (finding.check, finding.severity) == ("cells", "error")
     assert "only structures that are periodic in all directions have one" in finding.what
+
+
+def test_a_part_that_is_read_is_named_by_its_place(find: Any) -> None:
+    frames = molecules()
+    too_close(frames)
+    frames[4:6] = frames[5], frames[4]
+    (finding,) = find(frames, most=20)
+    assert finding.example.startswith("structure 4: ")
