@@ -198,6 +198,30 @@ def test_nothing_waits_for_the_device(fitted: Any) -> None:
     assert waits.found == []
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_and_waits_for_nothing(fitted: Any) -> None:
+    _, task, batch = fitted(dtype="float64", stress=True)
+    here = task.loss(task.model, batch)
+    here.total.backward()
+    expected = gradients(task)
+    task.model.zero_grad()
+    device = torch.device("cuda")
+    task.model.to(device)
+    batch = batch.to(device)
+    # Libraries start, and the baseline is read once.
+    task.loss(task.model, batch).total.backward()
+    task.model.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = task.loss(task.model, batch)
+        there.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert there.total.item() == pytest.approx(here.total.item(), rel=1e-9)
+    for name, gradient in gradients(task).items():
+        torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-7, atol=1e-8)
+
+
 def test_autocast_is_refused(fitted: Any) -> None:
     _, task, batch = fitted()
     with (

@@ -78,6 +78,17 @@ def test_a_run(pet_run: str, fastft: Any) -> None:
     assert scores["forces_mae_mev_per_angstrom"] == pytest.approx(1e3 * error, rel=1e-5)
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(pet_run: str, fastft: Any) -> None:
+    outcome = fastft("train", pet_run, "run.device=cuda")
+    assert outcome.errors.startswith("fastft: step.precision: must be 'fp32' or 'tf32'")
+    settings = ("run.device=cuda", "step.precision=fp32", "data.workers=2")
+    done(fastft, "train", pet_run, *settings)
+    done(fastft, "evaluate", pet_run, *settings)
+    done(fastft, "export", pet_run, "--to", "tuned.ckpt", *settings)
+    assert read_model(Path("tuned.ckpt")) is not None
+
+
 def test_without_evaluation_and_with_workers(pet_run: str, fastft: Any) -> None:
     without = ("data.validation=[]", "evaluate.metrics=[]")
     done(fastft, "train", pet_run, *without, "data.workers=2")
