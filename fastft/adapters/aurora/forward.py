@@ -6,6 +6,10 @@ functions run with a few of the names that they look up replaced: the same opera
 values, so the same bits. What was checked is checked on the host instead, in `collate` and when the
 adapter is made.
 
+A batch is normalised where it lies, on the model's device, as in `aurora.rollout`. A model that is
+called with a batch on the host normalises it there, and a GPU's last bits are others: torch divides
+by a number there as it multiplies by the reciprocal.
+
 A plain `aurora.Batch` takes upstream's own way, waits and all.
 """
 
