@@ -246,5 +246,11 @@ def _unknown(key: str, name: str, known: Any) -> str:
     return (
         f"model.options.{key}: '{name}' must have statistics, and aurora knows none; got a name"
         f" alone{nearest(name, sorted(known))}; else give location and scale:"
-        f" {key}.{name} = {{ location = 0.0, scale = 1.0 }}"
+        f" {key}.{name} = {{ location = 0.0, scale = 1.0 }}{_from_data(key, name)}"
     )
+
+
+def _from_data(key: str, name: str) -> str:
+    if key == "static_vars":
+        return ""
+    return f"; with {key}.{name} = {{}}, `fastft stats` prints those of the data"

@@ -146,10 +146,10 @@ def test_everything_wrong_at_once(make_adapter: Any) -> None:
         f"model.options.static_vars.z: {table} {{'location': 0.0, 'scale': 0.0}}; correct it",
         "model.options.surf_vars: '2tt' must have statistics, and aurora knows none; got a name"
         " alone; did you mean '2t'?; else give location and scale: surf_vars.2tt = { location ="
-        " 0.0, scale = 1.0 }",
+        " 0.0, scale = 1.0 }; with surf_vars.2tt = {}, `fastft stats` prints those of the data",
         "model.options.surf_vars: 't' must have statistics, and aurora knows none; got a name"
         " alone; did you mean '2t'?; else give location and scale: surf_vars.t = { location = 0.0,"
-        " scale = 1.0 }",
+        " scale = 1.0 }; with surf_vars.t = {}, `fastft stats` prints those of the data",
         f"model.options.atmos_vars.u: {table} 3; correct it",
         "model.options.atmos_vars.q.501: must be a level of model.options.levels, or 'location'"
         " and 'scale'; got '501'; choose from 500, 850",
@@ -158,7 +158,8 @@ def test_everything_wrong_at_once(make_adapter: Any) -> None:
         " or drop the level",
         "model.options.atmos_vars: 'cc' must have statistics, and aurora knows none; got a name"
         " alone; choose from 'co', 'go3', 'no', 'no2', 'q', 'so2', 't', 'u', 'v', 'w', ...; else"
-        " give location and scale: atmos_vars.cc = { location = 0.0, scale = 1.0 }",
+        " give location and scale: atmos_vars.cc = { location = 0.0, scale = 1.0 }; with"
+        " atmos_vars.cc = {}, `fastft stats` prints those of the data",
         "model.options.surf_vars: 't' must be of one kind; got it in another too; rename one",
     )
 
