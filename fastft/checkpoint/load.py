@@ -244,6 +244,11 @@ def _check(report: LoadReport, config: ModelConfig) -> None:
 
 def _advice(report: LoadReport) -> str:
     advice = []
+    # Where the model only has more than the checkpoint, whole modules of it.
+    present = {_part(name) for name in report.loaded}
+    new = dict.fromkeys(_part(name) for name in report.missing)
+    if new and present and present.isdisjoint(new) and not report.unexpected:
+        advice.append(f"name what is new in finetune.new_heads ({first_few(new)}?)")
     modules = dict.fromkeys(name.rpartition(".")[0] for name in report.mismatched)
     # Heads are few; many such modules mean another model.
     if 0 < len(modules) <= 3:
@@ -251,6 +256,11 @@ def _advice(report: LoadReport) -> str:
     advice.append("set model.strict = false to load what fits")
     advice.append("or give a checkpoint of this very model")
     return ", ".join(advice) + (_look_alikes(report) if not report.loaded else "")
+
+
+def _part(name: str) -> str:
+    """What `finetune.new_heads` calls a tensor: its module, or a parameter that stands alone."""
+    return name.removesuffix(".weight").removesuffix(".bias")
 
 
 def _look_alike(name: str, candidates: Collection[str]) -> str | None:

@@ -148,6 +148,20 @@ def test_strict_names_every_kind_with_shapes_and_changes_nothing():
     assert equals(model, before)
 
 
+def test_what_only_the_model_has_may_be_new():
+    model, state = Net(), pretrained()
+    del state["head.0.weight"], state["head.0.bias"]
+    del state["head.2.weight"], state["head.2.bias"]
+    new = re.escape("name what is new in finetune.new_heads (head.0, head.2?)")
+    with pytest.raises(CheckpointError, match=new):
+        load(model, state)
+    # The checkpoint has the module, or calls it by another name.
+    for other in ({"head.2.weight": torch.ones(3, 8)}, {"top.weight": torch.ones(3, 8)}):
+        with pytest.raises(CheckpointError) as caught:
+            load(model, state | other)
+        assert "new_heads" not in str(caught.value)
+
+
 def test_not_strict_loads_what_fits_and_reports_the_rest():
     model, state = Net(), pretrained()
     before = state_of(model)
