@@ -221,7 +221,8 @@ def open_weather(
         scan.add(number, path, alone=options.static)
     scan.finish()
 
-    steps = (np.arange(-1, rollout_steps + 1) * timestep_hours * 3600).astype(np.int64)
+    # Rounded: 4.1 hours are 14759.999999999998 seconds.
+    steps = np.rint(np.arange(-1, rollout_steps + 1) * timestep_hours * 3600).astype(np.int64)
     present = scan.series[wanted[0]].times
     for key in wanted:
         present = np.intersect1d(present, scan.series[key].times)

@@ -211,6 +211,12 @@ def test_hourly_data_for_a_model_of_six_hours(tmp_path: Path) -> None:
     assert len(opened(path, {"stride": 6})) == 2
 
 
+def test_hours_that_are_no_binary_fraction(tmp_path: Path) -> None:
+    times = TIMES[0] + np.arange(8) * np.timedelta64(4 * 60 + 6, "m")
+    path = write(tmp_path, make_data(times=times))
+    assert len(opened(path, timestep_hours=4.1)) == 5
+
+
 def test_packed_numbers_become_float32(tmp_path: Path) -> None:
     data = make_data()
     packed = tmp_path / "packed.nc"
