@@ -10,7 +10,8 @@ As in WeatherBench 2 (Rasp et al. 2024, arXiv 2308.15560): the root is outside o
 samples, and anomalies are not centred. Its weights are the areas of the cells, which are those here
 on a global grid without points at the poles.
 
-Points where the target is not finite do not count, nor those where the prediction has no wave.
+Points where the target is not finite do not count, nor those where the prediction has no wave, nor,
+for ACC, those where the climatology is not finite.
 Angles differ by the shorter way round, and have no ACC.
 """
 
@@ -100,7 +101,9 @@ class WeatherScores:
         if self._climatology is None or angle:
             return torch.stack([*sums, *[torch.zeros_like(sums[0])] * 2])
         usual = self._climatology.fields(name, batch, self._timestep_hours * (step + 1))
-        first, second = (torch.where(there, x - usual, 0) for x in (prediction, target))
+        # A mean over samples has none where no sample had a value.
+        known = there & usual.isfinite()
+        first, second = (torch.where(known, x - usual, 0) for x in (prediction, target))
         return torch.stack([*sums, *_correlations(first, second, weights)])
 
     def compute(self) -> Mapping[str, float]:

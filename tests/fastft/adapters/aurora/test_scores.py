@@ -160,6 +160,25 @@ def test_a_perfect_and_a_reversed_forecast(adapter: Any, tmp_path: Path) -> None
             assert (score.rmse == 0) == (sign == 1)
 
 
+def test_points_without_a_climatology_do_not_count(adapter: Any) -> None:
+    class Partial:
+        description = "what is known of the first rows"
+
+        def fields(self, name: str, batch: Batch, lead_hours: float) -> torch.Tensor:
+            usual = torch.full((1, 1, len(LAT), 1), 1e5, dtype=torch.float64)
+            usual[:, :, 5:] = math.nan
+            return usual
+
+    predictions, batch = make_batch(adapter, 0)
+    scores = WeatherScores(adapter.variant, 6.0, Partial())
+    scores.update(predictions, batch)
+    values = scores.compute()
+    f, o = (x["2t"][:, 0, :5].double().numpy() - 1e5 for x in (predictions, batch))
+    weights = np.cos(np.deg2rad(LAT[:5]))[:, None]
+    ff, fo, oo = ((weights * a * b).sum((1, 2)) for a, b in ((f, f), (f, o), (o, o)))
+    assert values["acc/2t/6h"] == pytest.approx((fo / np.sqrt(ff * oo)).mean(), rel=1e-6)
+
+
 def test_angles_and_waves_that_are_not_there(make_adapter: Any) -> None:
     adapter = make_adapter(surf_vars=["2t", "msl"], atmos_vars=["t"])
     variant = adapter.variant
