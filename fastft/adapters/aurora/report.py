@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
@@ -18,9 +17,6 @@ from fastft.adapters.aurora.scores import Score, WeatherScores, errors, latitude
 from fastft.adapters.aurora.variants import Weather
 from fastft.errors import ConfigError, nearest
 from fastft.task import Batch, Sample, TextTable
-
-# Lead times in the table on the console; all are in the files.
-_COLUMNS = 4
 
 
 @settings(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -97,14 +93,15 @@ class WeatherReport:
         return self._scores.compute()
 
     def table(self) -> TextTable:
-        """RMSE and ACC by variable and level, at up to four lead times."""
+        """RMSE and ACC by variable and level, at the first and the last lead time.
+
+        More would be cut off where a terminal is 80 columns wide; the files have all.
+        """
         rows: dict[str, dict[float, Score]] = {}
         for score in self._scores.scores():
             rows.setdefault(score.name, {})[score.lead_hours] = score
-        leads = sorted({lead for row in rows.values() for lead in row})
-        if len(leads) > _COLUMNS:
-            picked = torch.linspace(0, len(leads) - 1, _COLUMNS).round().int().tolist()
-            leads = [leads[i] for i in picked]
+        every = {lead for row in rows.values() for lead in row}
+        leads = sorted({min(every), max(every)})
         columns = ["variable", "unit"]
         columns += [f"{what} {lead:g} h" for lead in leads for what in ("RMSE", "ACC")]
         texts = []

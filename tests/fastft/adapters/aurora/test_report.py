@@ -60,6 +60,13 @@ def test_scores_are_shown_and_written(weather_run: str, fastft: Callable[..., An
     (event,) = reader.Scalars("validation/acc/z_850/12h")
     assert (event.step, event.value) == (2, pytest.approx(values["acc/z_850/12h"]))
 
+    # Numbers are whole on 80 columns, however many lead times there are.
+    outcome = fastft("evaluate", weather_run, "model.options.rollout_steps=4")
+    assert (outcome.errors, outcome.code) == ("", 0)
+    assert "RMSE 24 h" in outcome.output
+    assert "…" not in outcome.output
+    assert len((folder / "scores.csv").read_text().splitlines()) == 1 + 4 * 6
+
     # Anew, with other maps: none of the old ones stay.
     maps = 'evaluate.options={maps=["t_850"], climatology="usual.nc"}'
     make_data().drop_vars("time").isel(time=0).to_netcdf("usual.nc")
