@@ -108,7 +108,8 @@ def make_replay(config: RunConfig, task: Task, device: torch.device) -> ReplayBu
     """The replay buffer that `data.replay` asks for.
 
     Raises:
-        ConfigError: the task does not say how predictions become data.
+        ConfigError: the task does not say how predictions become data, or samples would be carried
+            on beyond the steps that what is trained is for.
     """
     if config.data.replay is None:
         return None
@@ -116,6 +117,12 @@ def make_replay(config: RunConfig, task: Task, device: torch.device) -> ReplayBu
         raise ConfigError(
             f"data.replay: must be left out, since predictions of adapter '{config.model.adapter}'"
             " do not become data; got some; remove it"
+        )
+    most, longest = getattr(task.carry, "longest", None), config.data.replay.longest
+    if most is not None and config.finetune.method == "lora" and longest > most:
+        raise ConfigError(
+            f"data.replay.longest: must be at most {most}, the steps that the model's own low-rank"
+            f" updates are for, since nothing else is trained; got {longest}; lower it"
         )
     return ReplayBuffer(task.carry, device, saved=config.data.replay.save)
 

@@ -95,6 +95,9 @@ class Carry(Protocol):
 
     The data sets say with an attribute `following` which sample is one step after each: indices, -1
     where there is none. Losses of batches with `leads` return predictions in training, too.
+
+    An attribute `longest`, where there is one that is not None, is the most steps that a sample may
+    be carried on where low-rank updates of the model's own are all that is trained.
     """
 
     def start(self, batch: Batch, states: Sequence[Any], /) -> Batch:

@@ -355,3 +355,15 @@ def told_step(options: AuroraOptions) -> Callable[[int], int]:
         return min(step, 1) if from_second else 0
 
     return told
+
+
+def longest_carried(options: AuroraOptions) -> int | None:
+    """Steps that a replay buffer may carry samples on for low-rank updates to be trained alone.
+
+    Upstream's do not count from `lora_steps` on. None: there are none.
+    """
+    if not argument(options, "use_lora"):
+        return None
+    # With push-forward the last of a sample's steps is the one that is trained on.
+    further = options.rollout_steps - 1 if options.loss.pushforward else 0
+    return argument(options, "lora_steps") - further

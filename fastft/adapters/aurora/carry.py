@@ -21,10 +21,13 @@ class AuroraCarry:
 
     Where a prediction is not finite, the data take its place: one bad step does not spoil a sample
     for good.
+
+    Attributes:
+        longest: see `fastft.task.Carry`.
     """
 
-    def __init__(self, model: aurora.Aurora, variant: Weather) -> None:
-        self._model, self._variant = model, variant
+    def __init__(self, model: aurora.Aurora, variant: Weather, longest: int | None) -> None:
+        self._model, self._variant, self.longest = model, variant, longest
 
     def start(self, batch: Batch, states: Sequence[State | None], /) -> Batch:
         """See `fastft.task.Carry`."""

@@ -1,6 +1,7 @@
 """Roll-out fine-tuning with a replay buffer: predictions become data, and runs can go on."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,25 @@ def test_a_run_goes_on_bit_for_bit(run: Callable[..., Any]) -> None:
     run("short", "run.steps=4", save=False)
     assert not same(run("short", "--resume", save=False), whole)
     assert same(run("other", save=False), whole)
+
+
+def test_no_further_than_the_updates_that_are_trained(
+    run: Callable[..., Any], fastft: Callable[..., Any]
+) -> None:
+    run("full", "run.steps=1", "model.options.arguments.lora_steps=3")
+    lora = ("run.folder=lora", "finetune.method=lora")
+    pushed = ("model.options.rollout_steps=2", "model.options.loss.pushforward=true")
+    for most, settings in ((3, ()), (2, pushed)):
+        settings = (*lora, *settings, "model.options.arguments.lora_steps=3")
+        outcome = fastft("train", "run.toml", *settings)
+        assert outcome.code == 2
+        assert outcome.problems == [
+            f"data.replay.longest: must be at most {most}, the steps that the model's own low-rank"
+            " updates are for, since nothing else is trained; got 4; lower it"
+        ]
+        assert not Path("lora").exists()
+        assert fastft("train", "run.toml", *settings, f"data.replay.longest={most}").code == 0
+        shutil.rmtree("lora")
 
 
 def batches_of(adapter: Any, path: Path, count: int) -> list[Batch]:
