@@ -16,7 +16,7 @@ from fastft.errors import ConfigError
 from fastft.finetune import apply_method, staged_names
 from fastft.fused import Kernels, choose_kernels, fuse_layer_norms
 from fastft.losses import make_criterion, make_penalty
-from fastft.names import state_dict
+from fastft.names import named_parameters, state_dict
 from fastft.optim import Optimizer, group_table, make_groups
 from fastft.precision import Precision, make_precision
 from fastft.replay import ReplayBuffer
@@ -119,7 +119,8 @@ def make_replay(config: RunConfig, task: Task, device: torch.device) -> ReplayBu
             " do not become data; got some; remove it"
         )
     most, longest = getattr(task.carry, "longest", None), config.data.replay.longest
-    if most is not None and config.finetune.method == "lora" and longest > most:
+    trained = {name for name, p in named_parameters(task.model) if p.requires_grad}
+    if most is not None and longest > most and trained <= set(task.low_rank):
         raise ConfigError(
             f"data.replay.longest: must be at most {most}, the steps that the model's own low-rank"
             f" updates are for, since nothing else is trained; got {longest}; lower it"

@@ -106,6 +106,9 @@ def test_no_further_than_the_updates_that_are_trained(
         assert not Path("lora").exists()
         assert fastft("train", "run.toml", *settings, f"data.replay.longest={most}").code == 0
         shutil.rmtree("lora")
+    # Something else has gradients.
+    settings = (*settings, "finetune.method=full", "data.batch_size=1")
+    assert fastft("train", "run.toml", *settings).code == 0
 
 
 def batches_of(adapter: Any, path: Path, count: int) -> list[Batch]:
