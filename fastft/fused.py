@@ -81,21 +81,13 @@ def fuse_layer_norms(task: Task, config: RunConfig, device: torch.device) -> str
     its neighbours, and each call took the host 0.1 ms or more on the one machine measured: steps of
     a ViT-B/16 went from 42.7 to 53.4 ms. Those of a decoder 3,200 wide, at 4,096 rows, went from
     30.8 to 30.1 ms. So 'auto' leaves compiled blocks alone, and 'fused' is there to try
-    (benchmarks/LOG.md).
-
-    Raises:
-        ConfigError: 'fused', for a loss that differentiates the model.
+    (benchmarks/LOG.md). So it does where the loss differentiates the model: the norm's backward is
+    then plain torch, and not measured.
     """
     mode = config.step.layer_norm
-    if task.double_backward:
-        if mode == "fused":
-            raise ConfigError(
-                "step.layer_norm: must be 'auto' or 'torch', since the loss differentiates the"
-                " model, and the fused norm can be differentiated once only; got 'fused'; remove it"
-            )
-        return None
     if mode == "auto":
-        mode = "fused" if device.type == "cuda" and config.step.compile == "off" else "torch"
+        eager = config.step.compile == "off" and not task.double_backward
+        mode = "fused" if device.type == "cuda" and eager else "torch"
     if mode == "torch":
         return None
     report = use_fused_layer_norm(task.model, alike=tuple(task.layer_norms))

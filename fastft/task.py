@@ -202,7 +202,7 @@ class Task:
         added: tensors beside the family's own, which a pretrained checkpoint need not have: where
             it has none, they stay as built, and are reported as new.
         double_backward: the loss differentiates the model in training, so that its backward pass
-            goes through the model's own: nothing is then compiled, and no norm fused.
+            goes through the model's own: nothing is then compiled.
     """
 
     model: nn.Module

@@ -1,6 +1,7 @@
 """Which kernels a run uses, and the layer norms that are swapped."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -136,6 +137,13 @@ def test_where_norms_are_fused(step: dict, device: torch.device, is_fused: bool)
     said = fuse_layer_norms(task, make_config(step=step), device)
     assert (said is not None) == is_fused
     assert any(isinstance(module, FusedLayerNorm) for module in task.model.modules()) == is_fused
+
+
+def test_norms_of_a_model_that_the_loss_differentiates_are_fused_on_demand() -> None:
+    """Their second derivatives are right, and not measured."""
+    task = dataclasses.replace(make_task(), double_backward=True)
+    assert fuse_layer_norms(task, make_config(), CUDA) is None
+    assert fuse_layer_norms(task, make_config(step={"layer_norm": "fused"}), CUDA) is not None
 
 
 class OwnNorm(nn.LayerNorm):

@@ -194,7 +194,6 @@ def test_a_target_that_moved(pet_run: str, fastft: Any) -> None:
     ("settings", "said"),
     [
         ("step.compile=blocks", "step.compile: must be 'off', since the loss differentiates the"),
-        ("step.layer_norm=fused", "step.layer_norm: must be 'auto' or 'torch', since the loss"),
         ("step.precision=bf16", "step.precision: must be 'fp32' or 'tf32', since PET is trained"),
         ("loss.terms=[{ name = 'mse' }]", "loss.terms: must be absent, since the pet adapter has"),
     ],
