@@ -1,8 +1,9 @@
-"""How each repeated block of a model runs: compiled or not, and what it keeps for its backward.
+"""How each block of a model runs: compiled or not, and what it keeps for its backward.
 
 A block may keep everything that its backward needs, or less and compute the rest again. Eager
 blocks say what they keep by operator (selective checkpointing), compiled ones by the share of bytes
 that the partitioner may keep; both can keep only their inputs. What is kept may wait on the host.
+Blocks that cannot be compiled run eagerly beside compiled ones.
 """
 
 import contextlib
@@ -66,21 +67,20 @@ KEEP = Way("keep all")
 OFFLOAD = Way("keep all on the host", offload=True)
 RECOMPUTE = Way("recompute all", recompute=True)
 LEAST = Way("recompute all, inputs on the host", recompute=True, offload=True)
-EAGER = (
-    KEEP,
+_OPERATORS = (
     Way("recompute pointwise", operators=_MATMULS + _ATTENTION + _NORMS + _FASTFT_NORMS),
     Way("recompute pointwise, attention", operators=_MATMULS + _NORMS + _FASTFT_NORMS),
     Way("keep matmuls", operators=_MATMULS),
-    OFFLOAD,
-    RECOMPUTE,
-    LEAST,
 )
-COMPILED = (KEEP, *(Way(f"keep {share:.0%}", share=share) for share in (0.75, 0.5, 0.35, 0.2)))
-COMPILED += (OFFLOAD, RECOMPUTE, LEAST)
+_SHARES = tuple(Way(f"keep {share:.0%}", share=share) for share in (0.75, 0.5, 0.35, 0.2))
+# Menus, from most kept on the device to least.
+EAGER = (KEEP, *_OPERATORS, OFFLOAD, RECOMPUTE, LEAST)
+COMPILED = (KEEP, *_SHARES, OFFLOAD, RECOMPUTE, LEAST)
+_EVERY = (KEEP, *_SHARES, *_OPERATORS, OFFLOAD, RECOMPUTE, LEAST)
 
 
 def ways(mode: str) -> tuple[Way, ...]:
-    """The menu for `step.compile` 'off' or 'blocks', from most kept on the device to least."""
+    """The menu of blocks that may be compiled, for `step.compile` 'off' or 'blocks'."""
     return COMPILED if mode == "blocks" else EAGER
 
 
@@ -95,20 +95,27 @@ class BlockForwards:
         precision: autocast goes inside what is compiled (see `compiled`).
 
     Attributes:
+        menus: block name -> the ways that it can run, by name.
+        ways: those of all menus, by name; the last keeps the least.
         host: what the ways that offload share.
 
     Raises:
-        ConfigError: blocks are to be compiled and the adapter names none.
+        ConfigError: blocks are to be compiled and the adapter names none that can be.
     """
 
     def __init__(self, task: Task, mode: str, precision: Precision) -> None:
-        if mode == "blocks" and not task.blocks:
+        if mode == "blocks" and not task.compiled_blocks:
             raise ConfigError(
                 "step.compile: 'blocks' needs a model with repeated blocks; the adapter names none;"
                 " use 'model' or 'off'"
             )
         self.mode = mode
-        self.ways = {way.name: way for way in ways(mode)}
+        self.menus = {
+            block.name: {way.name: way for way in ways(mode if block.compile else "off")}
+            for block in task.blocks
+        }
+        used = {name for menu in self.menus.values() for name in menu}
+        self.ways = {way.name: way for way in _EVERY if way.name in used}
         self.chosen: dict[str, str] = {}
         self.host = Host(precision.device)
         self.blocks = {block.name: block for block in task.blocks}
@@ -116,7 +123,7 @@ class BlockForwards:
         self._made: dict[tuple[str, str], Forward] = {}
         self.precision = precision
         if mode == "blocks":
-            allow_graphs(len(self.blocks) * len(self.ways))
+            allow_graphs(len(task.compiled_blocks) * len(COMPILED))
 
     def use(self, chosen: Mapping[str, str]) -> None:
         """Runs each named block the given way from now on.
@@ -129,7 +136,7 @@ class BlockForwards:
             self.chosen[name] = way
 
     def use_everywhere(self, way: Way) -> None:
-        """Runs every block the same way."""
+        """Runs every block the same way; one that is never compiled keeps all for any share."""
         self.use(dict.fromkeys(self.blocks, way.name))
 
     def forward(self, name: str, way: str) -> Forward:
@@ -147,16 +154,19 @@ class BlockForwards:
     def _make(self, block: Block, way: Way) -> Forward:
         forward = self._original[block.name]
         around = way.recompute or way.offload
-        if self.mode == "blocks" and not around:
+        compiles = self.mode == "blocks" and block.compile
+        if compiles and not around:
             backend = _backend(way.share) if way.share < 1 else "inductor"
             forward = compiled(forward, self.precision, block.dynamic, backend=backend)
         if way == KEEP:
             return forward
         keep = self._function(block.name, KEEP.name)
-        if around and self.mode == "blocks":
+        if around and compiles:
             # No change of autocast's state around a compiled graph: it would be compiled again.
             forward = keep
-        elif self.mode == "off":
+        elif self.mode == "off" and block.compile:
+            # The others are few. Over a roll-out, gradients of all calls add up in a held cast, so
+            # without it the bits would not be those of keeping all.
             forward = functools.partial(_without_cast_cache, forward)
         if way.recompute or way.operators is not None:
             forward = _checkpointed(forward, way.operators)
@@ -182,9 +192,14 @@ def _checkpointed(forward: Forward, operators: tuple[str, ...] | None) -> Forwar
     """Runs `forward(module, ...)` again in the backward pass, but for the operators' outputs."""
 
     def run(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        # Keywords are bound, because `checkpoint` has some of the same names.
+        def call(keywords: dict[str, Any], *arguments: Any) -> Any:
+            return forward(module, *arguments, **keywords)
+
+        # `checkpoint` has keywords of the same names. It must see all tensors: the random numbers
+        # that it repeats are those of their devices.
         outputs = checkpoint(
-            functools.partial(forward, module, **keywords),
+            call,
+            keywords,
             *arguments,
             use_reentrant=False,
             context_fn=functools.partial(_contexts, module, operators),

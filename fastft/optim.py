@@ -359,18 +359,19 @@ def _layer_factors(task: Task, config: OptimConfig) -> dict[str, tuple[int, floa
 
 
 def layers_from_blocks(task: Task) -> dict[str, int]:
-    """Layer numbers in definition order: 0 before the first block, then one per block with what
-    follows it, and one more for what follows the last."""
-    if not task.blocks:
+    """Layer numbers in definition order: 0 before the first compiled block, then one per block with
+    what follows it, and one more for what follows the last."""
+    blocks = task.compiled_blocks
+    if not blocks:
         return {}
     layers: dict[str, int] = {}
     reached = 0
     for name, _ in named_parameters(task.model):
-        for number, block in enumerate(task.blocks, start=1):
+        for number, block in enumerate(blocks, start=1):
             if name.startswith(block.name + "."):
                 reached = max(reached, number)
                 layers[name] = number
                 break
         else:
-            layers[name] = reached if reached < len(task.blocks) else len(task.blocks) + 1
+            layers[name] = reached if reached < len(blocks) else len(blocks) + 1
     return layers

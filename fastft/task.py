@@ -151,16 +151,20 @@ class Report(Metric, Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated module: what is compiled on its own, and what may be recomputed.
+    """A module that is compiled on its own, and may be recomputed; the repeated ones are layers.
 
     Attributes:
         name: as in the model.
         dynamic: compile it once for all sizes, where those vary from batch to batch.
+        compile: False: no layer, and eager whatever `step.compile` says, as an encoder that takes
+            dates. Tensors in arguments and outputs of classes of its own are seen where those are
+            pytree nodes (`torch.utils._pytree.register_dataclass`).
     """
 
     name: str
     module: nn.Module
     dynamic: bool = False
+    compile: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,12 +192,12 @@ class Task:
     Attributes:
         model: parameters on the device that `Adapter.build` was given.
         loss: see `LossFunction`.
-        blocks: repeated modules in forward order.
+        blocks: repeated modules, and what else may be recomputed, in forward order.
         heads: names of the modules that a new task usually replaces.
         metrics: the adapter's own; those of the run file are added by the core.
         fields: what the model expects of the data, by field.
         layers: parameter name -> layer number, 0 nearest the input, for layer-wise decay; None:
-            derived from `blocks`.
+            derived from `compiled_blocks`.
         low_rank: names of the parameters of low-rank updates that the model brings: what
             `finetune.method = 'lora'` then trains, instead of adding updates.
         layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
@@ -217,6 +221,11 @@ class Task:
     carry: Carry | None = None
     added: Sequence[str] = ()
     double_backward: bool = False
+
+    @property
+    def compiled_blocks(self) -> list[Block]:
+        """Those that `step.compile = "blocks"` compiles: the layers."""
+        return [block for block in self.blocks if block.compile]
 
 
 @dataclass(frozen=True)

@@ -96,17 +96,27 @@ def distinct_blocks(task: Task, calls: dict[str, Call]) -> dict[str, list[Block]
 
 
 def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
-    """Block name -> what it is called with; tensors are kept once per distinct block."""
+    """Block name -> what it is called with; tensors are kept once per distinct block.
+
+    Calls without gradients do not count. Of several, the first with differentiable inputs is taken:
+    in a roll-out, a first block has none at its first call.
+    """
     calls: dict[str, Call] = {}
     kept: dict[str, Call] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, arguments: Any, keywords: Any) -> None:
-            if name in calls:
-                calls[name] = dataclasses.replace(calls[name], times=calls[name].times + 1)
+            if not torch.is_grad_enabled():
                 return
-            call = Call(*tree_map(detached, (arguments, keywords)))
-            calls[name] = kept.setdefault(_signature(module, call), call)
+            known = calls.get(name)
+            times = known.times + 1 if known else 1
+            if known is None or (
+                not _differentiable((known.arguments, known.keywords))
+                and _differentiable((arguments, keywords))
+            ):
+                call = Call(*tree_map(detached, (arguments, keywords)))
+                known = kept.setdefault(_signature(module, call), call)
+            calls[name] = dataclasses.replace(known, times=times)
 
         return keep
 
@@ -138,13 +148,17 @@ class _Marks:
             _on_gradient(arguments, self.after_blocks)
 
     def after_last(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if "last" not in self._at:
+        if "tail" not in self._at:
+            # Of several calls in a micro-batch, the last stays.
             self._at["last"] = self._meter.allocated()
             self.close()
             _on_gradient(output, self.before_blocks)
 
     def before_blocks(self, gradient: Tensor) -> None:
-        self.rest.tail = self._meter.peak() - self._at["last"]
+        if "tail" in self._at:
+            return
+        self._at["tail"] = self._meter.peak()
+        self.rest.tail = self._at["tail"] - self._at["last"]
         self.rest.tail_gradients = sum(p.grad.nbytes for p in self._outside if p.grad is not None)
         self.close()
 
@@ -192,10 +206,10 @@ def measure_blocks(
     rounds: int = _ROUNDS,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, dict[str, Choice]]:
-    """Block name -> way -> its cost, for the named ways; each distinct block is measured once.
+    """Block name -> way -> its cost, for the named ways that are on its menu.
 
-    All ways of a block are timed in turns, so that a device that changes its clock changes it for
-    all of them.
+    Each distinct block is measured once. All its ways are timed in turns, so that a device that
+    changes its clock changes it for all of them.
 
     Args:
         say: told of a way that a block cannot run, which leaves its menu; the last must work.
@@ -203,7 +217,8 @@ def measure_blocks(
     costs: dict[str, dict[str, Choice]] = {}
     for members in distinct_blocks(step.task, calls).values():
         first = members[0]
-        trials = {name: Trial(forwards, first, name, calls[first.name]) for name in names}
+        menu = [name for name in names if name in forwards.menus[first.name]]
+        trials = {name: Trial(forwards, first, name, calls[first.name]) for name in menu}
         found = {}
         for name in list(trials):
             try:
@@ -300,10 +315,12 @@ def _signature(module: nn.Module, call: Call) -> str:
 
 def _on_gradient(values: Any, hook: Callable[[Tensor], None]) -> None:
     """Calls the hook once, when the first differentiable tensor gets its gradient."""
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor) and value.requires_grad:
-            value.register_hook(hook)
-            return
+    for value in _differentiable(values)[:1]:
+        value.register_hook(hook)
+
+
+def _differentiable(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
 
 
 def _outside(step: TrainingStep) -> list[nn.Parameter]:

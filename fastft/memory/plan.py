@@ -123,11 +123,14 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
             f"{path}: must name the blocks of this model; {len(odd)} differ, the first is"
             f" '{odd[0]}'; delete it for a new plan"
         )
+    wrong: dict[str, str] = {}
+    for name, way in plan.ways.items():
+        if name in blocks and way not in forwards.menus[name]:
+            wrong.setdefault(way, name)
     problems += [
-        f"{path}: '{way}' is no way to run a block with step.compile = '{forwards.mode}'"
-        f"{nearest(way, forwards.ways)}"
-        for way in dict.fromkeys(plan.ways.values())
-        if way not in forwards.ways
+        f"{path}: '{way}' is no way to run the block '{name}' with step.compile = '{forwards.mode}'"
+        f"{nearest(way, forwards.menus[name])}"
+        for way, name in wrong.items()
     ]
     if problems:
         raise PlanError(problems)

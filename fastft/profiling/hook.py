@@ -242,7 +242,7 @@ def _facts(
         precision=step.precision.name,
         compile=config.step.compile,
         layer_norm=config.step.layer_norm,
-        blocks=len(step.task.blocks),
+        blocks=len(step.task.compiled_blocks),
         workers=config.data.workers,
         samples=config.data.micro_batch * config.accumulate,
         accumulate=config.accumulate,

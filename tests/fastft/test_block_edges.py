@@ -1,11 +1,15 @@
 """Ways to run a block where a model does more than call it once."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
 
+from fastft import blocks
 from fastft.blocks import COMPILED, EAGER, KEEP, RECOMPUTE, BlockForwards, Way, _draws
 from fastft.errors import PlanError
 from fastft.precision import make_precision
@@ -39,8 +43,8 @@ class Stack(nn.Module):
 def make() -> tuple[Stack, BlockForwards]:
     torch.manual_seed(0)
     model = Stack().double()
-    blocks = tuple(Block(f"layers.{i}", layer) for i, layer in enumerate(model.layers))
-    task = Task(model, lambda model, batch: Loss(torch.zeros(())), blocks)
+    layers = tuple(Block(f"layers.{i}", layer) for i, layer in enumerate(model.layers))
+    task = Task(model, lambda model, batch: Loss(torch.zeros(())), layers)
     return model, BlockForwards(task, "off", make_precision("fp32", CPU))
 
 
@@ -51,6 +55,24 @@ def test_keywords_reach_the_block(way: Way) -> None:
     expected = model(x)
     forwards.use_everywhere(way)
     assert torch.equal(model(x), expected)
+
+
+def test_recomputation_sees_all_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws the same random numbers again on the devices of the tensors that it is shown."""
+    seen: list[Any] = []
+    infer = checkpoint._infer_device_type
+
+    def noted(*arguments: Any) -> str:
+        seen.extend(tree_leaves(arguments))
+        return infer(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_infer_device_type", noted)
+    model, forwards = make()
+    forwards.use_everywhere(RECOMPUTE)
+    x, debug = torch.randn(4, 8, dtype=torch.float64), torch.ones(())
+    model.layers[0](x, debug=debug)
+    assert any(leaf is x for leaf in seen)
+    assert any(leaf is debug for leaf in seen)
 
 
 @every_way
@@ -104,6 +126,38 @@ def test_the_cache_of_casts_is_off_inside() -> None:
     # Forward and recomputation; otherwise every cast weight would stay until autocast ends.
     assert seen == [False, False]
     assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("way", COMPILED, ids=lambda way: way.name)
+def test_the_cache_of_casts_stays_on_around_compiled_blocks(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs compiled in one state of autocast are compiled again in another."""
+    seen: list[bool] = []
+    monkeypatch.setattr(blocks, "compiled", lambda forward, *_, **__: forward)
+    layer = Layer()
+    layer.up.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    task = Task(layer, lambda model, batch: Loss(torch.zeros(())), [Block("", layer)])
+    BlockForwards(task, "blocks", make_precision("fp32", CPU)).use_everywhere(way)
+    layer(torch.randn(4, 8)).sum().backward()
+    assert set(seen) == {True}
+
+
+def test_the_cache_of_casts_is_on_in_blocks_that_are_never_compiled() -> None:
+    """A weight of several calls has one cast, and the same bits of the gradient for every way."""
+    found: list[Tensor] = []
+    for way in EAGER:
+        torch.manual_seed(0)
+        layer = Layer()
+        task = Task(
+            layer, lambda model, batch: Loss(torch.zeros(())), [Block("", layer, compile=False)]
+        )
+        forwards = BlockForwards(task, "off", make_precision("bf16", CPU))
+        forwards.use_everywhere(way)
+        with forwards.precision.autocast():
+            output = layer(layer(layer(torch.randn(64, 8))))
+        found += torch.autograd.grad(output.float().square().sum(), [layer.up.weight])
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
 
 
 class Dropped(nn.Module):

@@ -23,6 +23,7 @@ from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
 from fastft.step import Ema, TrainingStep, compute_loss
 from fastft.task import Batch, Loss, Task, repeated_blocks
+from fastft.task import Block as TaskBlock
 
 CPU = torch.device("cpu")
 
@@ -160,8 +161,10 @@ def test_autocast_is_inside_what_is_compiled() -> None:
 
 def test_blocks_are_needed_to_compile_blocks() -> None:
     task = Task(model=nn.Linear(1, 1), loss=squared_error)
-    with pytest.raises(ConfigError, match="needs a model with repeated blocks"):
-        compile_task(task, "blocks", make_precision("fp32", CPU))
+    eager = dataclasses.replace(task, blocks=[TaskBlock("", task.model, compile=False)])
+    for without in (task, eager):
+        with pytest.raises(ConfigError, match="needs a model with repeated blocks"):
+            compile_task(without, "blocks", make_precision("fp32", CPU))
 
 
 def test_repeated_blocks_are_blocks_rather_than_stages() -> None:

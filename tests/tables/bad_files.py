@@ -224,8 +224,8 @@ WHERE = [
         "train run.toml memory.plan=plan.json",
         "plan.json: must name the blocks of this model; 1 differ, the first is 'blocks.1';"
         " delete it for a new plan",
-        "plan.json: 'keep mat' is no way to run a block with step.compile = 'off'; did you mean"
-        " 'keep matmuls'?",
+        "plan.json: 'keep mat' is no way to run the block 'blocks.0' with step.compile = 'off';"
+        " did you mean 'keep matmuls'?",
         before=write("plan.json", b'{"budget_bytes": 1, "ways": {"blocks.0": "keep mat"}}'),
     ),
     case(

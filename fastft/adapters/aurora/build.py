@@ -270,15 +270,20 @@ def low_rank(model: nn.Module) -> list[str]:
 
 
 def blocks(model: aurora.Aurora, place: str = "") -> list[Block]:
-    """The Swin blocks in forward order; none changes its sizes from batch to batch."""
+    """Encoder, Swin blocks and decoder; none changes its sizes from batch to batch.
+
+    Encoder and decoder take dates, which no graph can hold.
+    """
     return list(_blocks(model, place))
 
 
 def _blocks(model: aurora.Aurora, place: str) -> Iterator[Block]:
+    yield Block(f"{place}encoder", model.encoder, compile=False)
     for part in ("encoder_layers", "decoder_layers"):
         for i, layer in enumerate(getattr(model.backbone, part)):
             for j, block in enumerate(cast(Any, layer).blocks):
                 yield Block(f"{place}backbone.{part}.{i}.blocks.{j}", block)
+    yield Block(f"{place}decoder", model.decoder, compile=False)
 
 
 def _defaults(kind: type[aurora.Aurora]) -> dict[str, Any]:

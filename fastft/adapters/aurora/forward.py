@@ -32,6 +32,7 @@ from aurora.model.decoder import Perceiver3DDecoder
 from aurora.model.encoder import Perceiver3DEncoder
 from aurora.model.swin3d import Swin3DTransformerBackbone
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from fastft.errors import AdapterError
 
@@ -82,6 +83,11 @@ class DeviceBatch(aurora.Batch):
             metadata=dataclasses.replace(metadata, lat=f(metadata.lat), lon=f(metadata.lon)),
             decoded=decoded and {name: f(values) for name, values in decoded.items()},
         )
+
+
+# Encoder and decoder are blocks: the core looks for the tensors that they take and return.
+register_dataclass(CheckedMetadata)
+register_dataclass(DeviceBatch)
 
 
 def remove_waits(model: aurora.Aurora) -> None:

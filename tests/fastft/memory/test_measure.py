@@ -172,6 +172,19 @@ def test_a_frozen_stem_keeps_nothing_and_has_no_backward() -> None:
     )
 
 
+def test_over_a_roll_out_the_tail_comes_after_the_last_call() -> None:
+    one = build()
+
+    def twice(model: nn.Module, batch: Batch) -> Loss:
+        return Loss(model(model(batch["inputs"])).square().mean())
+
+    one.step.task = dataclasses.replace(one.step.task, loss=twice)
+    rest = measure_rest(one.step, [make_batch()], one.meter)
+    # As with one call, whose head keeps 20; all that is on top of the 140 of the first call.
+    assert (rest.before, rest.tail) == (100, 920)
+    assert rest.peak == 1000 + 140 + 140 + 900
+
+
 def test_peaks_of_every_part_are_seen() -> None:
     """Each part in turn takes the most of all."""
     for index, where in ((0, "forward"), (1, "forward"), (2, "backward"), (0, "backward")):
@@ -337,6 +350,23 @@ def test_calls_are_kept_once_for_each_distinct_block() -> None:
     assert (x.shape, x.requires_grad, mask.requires_grad) == ((SIZE, WIDTH), True, False)
     assert not calls["blocks.7"].arguments[0].requires_grad
     assert {y.grad_fn for y in (x, mask)} == {None}
+
+
+def test_calls_that_keep_something_count() -> None:
+    """Over a roll-out, the first call of a first block has no differentiable inputs."""
+    one = build()
+    first = one.step.task.blocks[0].module
+
+    def roll_out(model: nn.Module, batch: Batch) -> Loss:
+        with torch.no_grad():
+            start = model(batch["inputs"])
+        x = first(first(start))
+        return Loss(model(x).square().mean())
+
+    one.step.task = dataclasses.replace(one.step.task, loss=roll_out)
+    calls = capture_calls(one.step, make_batch())
+    assert {name: call.times for name, call in calls.items()} == {"1": 3, "2": 1}
+    assert calls["1"].arguments[0].requires_grad
 
 
 class Optional(nn.Module):

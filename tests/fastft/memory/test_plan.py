@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastft.blocks import EAGER, KEEP, RECOMPUTE, BlockForwards
+from fastft.blocks import EAGER, KEEP, OFFLOAD, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory import Plan, budget, load_plan, make_plan, plan, plan_memory
@@ -320,6 +320,27 @@ def test_blocks_that_were_not_called_are_in_the_plan(
     assert load_plan(tmp_path / "plan.json", forwards) == found
 
 
+def test_each_block_has_its_own_menu(tmp_path: Path) -> None:
+    blocks = [Block("0", nn.Identity(), compile=False), Block("1", nn.Identity())]
+    one = replace(task(2), blocks=blocks)
+    forwards = BlockForwards(one, "blocks", make_precision("fp32", CPU))
+    path = tmp_path / "plan.json"
+    shared = [KEEP.name, OFFLOAD.name, RECOMPUTE.name, "recompute all, inputs on the host"]
+    for ways in (["keep matmuls", "keep 50%"], *([way, way] for way in shared)):
+        saved = Plan(2**30, dict(zip("01", ways, strict=True)))
+        saved.save(path)
+        assert load_plan(path, forwards) == saved
+    Plan(2**30, {"0": "keep 50%", "1": "keep matmuls"}).save(path)
+    with pytest.raises(PlanError) as raised:
+        load_plan(path, forwards)
+    assert raised.value.problems == (
+        f"{path}: 'keep 50%' is no way to run the block '0' with step.compile = 'blocks'; did you"
+        " mean 'keep all'?",
+        f"{path}: 'keep matmuls' is no way to run the block '1' with step.compile = 'blocks'; did"
+        " you mean 'keep all'?",
+    )
+
+
 def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
     ways = {f"{i}": WAYS[i % 2] for i in range(BLOCKS)}
     saved = Plan(80 * 10**9, ways, 79 * 10**9, 0.25, 70 * 2**30, 0.3)
@@ -351,7 +372,7 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
         (
             '{"budget_bytes": 1, "ways": {"0": "keep 50%", "1": "keep 50%"}}',
             [
-                "'keep 50%' is no way to run a block with step.compile = 'off'; did you mean"
+                "'keep 50%' is no way to run the block '0' with step.compile = 'off'; did you mean"
                 " 'keep all'?"
             ],
         ),
@@ -360,8 +381,8 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
             [
                 "must name the blocks of this model; 2 differ, the first is '1'; delete it for a"
                 " new plan",
-                "'keep mats' is no way to run a block with step.compile = 'off'; did you mean 'keep"
-                " matmuls'?",
+                "'keep mats' is no way to run the block '0' with step.compile = 'off'; did you"
+                " mean 'keep matmuls'?",
             ],
         ),
         ('{"budget_bytes": 1, "ways": ["0", "1"]}', ["must be a plan.json that fastft wrote; ..."]),

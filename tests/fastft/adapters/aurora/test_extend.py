@@ -80,7 +80,7 @@ def test_norms_compile(make_adapter: Any, build: Any, make_samples: Any) -> None
     samples = make_samples(adapter)
     eager = predict(task, adapter, samples)
     torch._dynamo.reset()
-    for block in task.blocks:
+    for block in task.compiled_blocks:
         block.module.forward = torch.compile(
             block.module.forward, fullgraph=True, dynamic=False, backend="aot_eager"
         )
