@@ -156,8 +156,8 @@ class Block:
     Attributes:
         name: as in the model.
         dynamic: compile it once for all sizes, where those vary from batch to batch.
-        compile: False: no layer, and eager whatever `step.compile` says, as an encoder that takes
-            dates. Tensors in arguments and outputs of classes of its own are seen where those are
+        compile: False: no layer, and eager with `step.compile = "blocks"`, as an encoder that
+            takes dates. Tensors inside of its arguments and outputs are seen where those are
             pytree nodes (`torch.utils._pytree.register_dataclass`).
     """
 
