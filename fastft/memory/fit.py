@@ -12,7 +12,7 @@ from fastft.config import RunConfig
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
 from fastft.memory.budget import SLACK, enforced_limit
-from fastft.memory.plan import as_trained_in_the_end, try_rehearsal
+from fastft.memory.rehearsal import as_trained_in_the_end, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
 from fastft.step import TrainingStep

@@ -1,13 +1,11 @@
 """From a budget in bytes to what each block keeps: measured, solved, tried, corrected."""
 
 import contextlib
-import gc
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -16,7 +14,6 @@ from fastft.atomic import write_file_atomically
 from fastft.blocks import KEEP, LEAST, RECOMPUTE, BlockForwards
 from fastft.config import RunConfig
 from fastft.errors import PlanError, nearest
-from fastft.finetune import set_train_mode
 from fastft.memory.budget import (
     GIB,
     SLACK,
@@ -30,10 +27,10 @@ from fastft.memory.measure import (
     differentiates_twice,
     measure_blocks,
     measure_rest,
-    rehearse,
     update_seconds,
 )
 from fastft.memory.meter import DeviceMeter
+from fastft.memory.rehearsal import as_trained_in_the_end, free_cached, try_rehearsal
 from fastft.memory.solve import (
     Solution,
     StepCosts,
@@ -49,13 +46,6 @@ from fastft.task import Batch
 _ATTEMPTS = 8
 # By how much a plan after one that hit the limit must be smaller: the second, and those after it.
 _FIRST_STEP, _STEP = 0.01, 0.02
-
-
-class Rehearsal(NamedTuple):
-    """What a rehearsed step took, measured."""
-
-    peak_bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ def measure_costs(
     with step.rehearsal():
         measured = measure_blocks(step, forwards, calls, names, meter, say=say)
     del calls
-    _clean()
+    free_cached()
     limit = forwards.host.limit_bytes
     for way in names[:-1]:
         if sum(costs[way].host_bytes for costs in measured.values() if way in costs) > limit:
@@ -238,7 +228,7 @@ def make_plan(
         raise PlanError(nothing_fits(step, None, batches, limit))
     console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     for offload in (False, True):
-        _clean()
+        free_cached()
         costs = best = None
         # Its frames hold activations, so nothing is done in a handler.
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -314,43 +304,6 @@ def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
     }
 
 
-def try_rehearsal(
-    step: TrainingStep, batches: Sequence[Batch], limit: int, *, may_thrash: bool = False
-) -> Rehearsal | None:
-    """The second of two rehearsals, None where a limit was hit, of the host's too.
-
-    Args:
-        may_thrash: whether a step fits in which the allocator gave everything back and began again.
-    """
-    device = step.precision.device
-    seconds, retries = None, 0
-    try:
-        rehearse(step, batches)
-        before = torch.cuda.memory_stats(device)["num_alloc_retries"]
-        torch.cuda.reset_peak_memory_stats(device)
-        meter = DeviceMeter(device)
-        with step.rehearsal():
-            # Several, because the first finds a GPU that has rested.
-            seconds = meter.seconds(lambda: step(0, batches), repeats=3)
-        seconds += update_seconds(step, meter)
-        retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before
-    except (torch.OutOfMemoryError, HostMemoryError) as error:
-        # Its frames hold the activations.
-        error.__traceback__ = None
-        # It may have come while the optimizer made its state.
-        step.optimizer.forget()
-    peak = torch.cuda.max_memory_allocated(device)
-    if seconds is None or peak > limit or (retries and not may_thrash):
-        _clean()
-        return None
-    return Rehearsal(peak, seconds)
-
-
-def _clean() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def plan_memory(
     config: RunConfig,
     step: TrainingStep,
@@ -402,29 +355,6 @@ def plan_memory(
     plan.save(saved)
     console.print(plan.summary())
     return plan
-
-
-@contextlib.contextmanager
-def as_trained_in_the_end(
-    config: RunConfig, step: TrainingStep, staged: Iterable[str]
-) -> Iterator[None]:
-    """Rehearsals in this context train what is unfrozen later, too; the optimizer forgets them.
-
-    Args:
-        staged: parameters that are frozen now and trained later.
-    """
-    frozen = [step.optimizer.parameters[name] for name in staged]
-    model, method = step.task.model, config.finetune.method
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    set_train_mode(model, method)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        set_train_mode(model, method)
-        step.optimizer.forget()
 
 
 def _replay(plan: Plan, forwards: BlockForwards, saved: Path, console: Console) -> Plan:

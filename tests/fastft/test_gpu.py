@@ -27,7 +27,7 @@ from fastft.blocks import (
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode
-from fastft.memory import budget, make_plan, plan
+from fastft.memory import budget, make_plan, try_rehearsal
 from fastft.precision import make_precision
 from fastft.runfile import parse
 from fastft.step import Ema, TrainingStep
@@ -250,7 +250,7 @@ def test_a_plan_keeps_to_its_budget_and_changes_no_loss(mode: str, tmp_path: Pat
     peaks = {}
     for way in (KEEP, RECOMPUTE):
         forwards.use_everywhere(way)
-        found = plan.try_rehearsal(step, batches[:1], 2**62)
+        found = try_rehearsal(step, batches[:1], 2**62)
         assert found is not None
         peaks[way] = found.peak_bytes
     assert peaks[RECOMPUTE] < 0.7 * peaks[KEEP]
@@ -367,7 +367,7 @@ def test_inputs_on_the_host_fit_where_recomputing_alone_does_not(mode: str, tmp_
     peaks = {}
     for way in (RECOMPUTE, LEAST):
         forwards.use_everywhere(way)
-        found = plan.try_rehearsal(step, batches[:1], 2**62)
+        found = try_rehearsal(step, batches[:1], 2**62)
         assert found is not None
         peaks[way] = found.peak_bytes
     # Of twelve blocks, in fp32; two of them are on the device at a time, and the peak moves.

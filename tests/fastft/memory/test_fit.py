@@ -15,7 +15,7 @@ from fastft.config import MemoryConfig, RunConfig
 from fastft.errors import ConfigError, PlanError
 from fastft.memory import fit, fit_batch, fitted_before
 from fastft.memory.fit import with_batch_size
-from fastft.memory.plan import Rehearsal
+from fastft.memory.rehearsal import Rehearsal
 from fastft.runfile import format_run_file, parse
 from fastft.task import Batch
 

@@ -16,7 +16,7 @@ from fastft.blocks import EAGER, KEEP, OFFLOAD, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig, RunConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory import Plan, budget, load_plan, make_plan, plan, plan_memory
-from fastft.memory.plan import Rehearsal
+from fastft.memory.rehearsal import Rehearsal
 from fastft.memory.solve import (
     BlockCosts,
     Choice,
