@@ -1,6 +1,8 @@
 """What all tests share: the kernels' interpreter, and no GPU tests without a GPU."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +12,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # As the command line sets it; read when torch first allocates.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def young_heap() -> Iterator[None]:
+    """What earlier tests left is not searched for garbage again and again: measuring does so often,
+    and took most of the time of its tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
