@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from counted_blocks import (
+    ACTIVATION,
+    LINEAR,
+    RECOMPUTING,
+    SIZE,
+    WIDTH,
+    HandMeter,
+    Setup,
+    build,
+    make_batch,
+    step_over,
+)
 from torch import Tensor, nn
 
-from fastft.blocks import EAGER, KEEP, RECOMPUTE, BlockForwards
-from fastft.config import GradientsConfig, OptimConfig
+from fastft.blocks import KEEP, RECOMPUTE
 from fastft.memory import plan
 from fastft.memory.measure import (
     Rest,
@@ -21,127 +32,10 @@ from fastft.memory.measure import (
     rehearse,
     update_seconds,
 )
-from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes, step_seconds
+from fastft.memory.solve import Choice, peak_bytes
 from fastft.memory.trial import Call
-from fastft.optim import Optimizer, make_groups
-from fastft.precision import make_precision
 from fastft.step import TrainingStep
-from fastft.task import Batch, Block, Loss, Task
-
-CPU = torch.device("cpu")
-# The menu of blocks whose inputs are too small to go to the host.
-RECOMPUTING = [way.name for way in EAGER if not way.offload]
-SIZE, WIDTH = 8, 4
-# Of a float32 tensor [SIZE, WIDTH], and of the parameters of a linear layer.
-ACTIVATION, LINEAR = 4 * SIZE * WIDTH, 4 * (WIDTH * WIDTH + WIDTH)
-
-
-class HandMeter:
-    """Counts what it is told, not what torch allocates; every call takes a quarter of a second."""
-
-    def __init__(self, held: int = 0) -> None:
-        self.now = self.top = held
-        self.repeats: list[int] = []
-
-    def allocated(self) -> int:
-        return self.now
-
-    def peak(self) -> int:
-        return self.top
-
-    def reset_peak(self) -> None:
-        self.top = self.now
-
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
-        self.repeats.append(repeats)
-        call()
-        return 0.25
-
-    def touch(self, count: int) -> None:
-        """Something that is freed at once."""
-        self.top = max(self.top, self.now + count)
-
-    def hold(self, count: int) -> None:
-        self.now += count
-        self.touch(0)
-
-
-class Spend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "Layer") -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        layer.meter.touch(layer.forward_bytes)
-        layer.meter.hold(layer.kept if ctx.needs_input_grad[0] else 0)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # Where nothing is kept, this runs the forward again.
-        assert ctx.saved_tensors
-        ctx.layer.meter.touch(ctx.layer.backward_bytes)
-        ctx.layer.meter.hold(ctx.layer.gradients - ctx.layer.kept)
-        return gradients[0], None
-
-
-class Layer(nn.Module):
-    """A linear layer with dropout and a running count, that takes memory as it is told."""
-
-    def __init__(
-        self, meter: HandMeter, kept: int, forward: int, backward: int, gradients: int
-    ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
-        self.dropout = nn.Dropout(0.2)
-        self.meter, self.kept, self.gradients = meter, kept, gradients
-        self.forward_bytes, self.backward_bytes = forward, backward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Spend.apply(self.dropout(self.norm(self.linear(x))), self)
-
-
-@dataclasses.dataclass
-class Setup:
-    meter: HandMeter
-    step: TrainingStep
-    forwards: BlockForwards
-
-    @property
-    def model(self) -> nn.Module:
-        return self.step.task.model
-
-
-def square(model: nn.Module, batch: Batch) -> Loss:
-    return Loss(model(batch["inputs"]).square().mean())
-
-
-def step_over(model: nn.Module, *names: str) -> TrainingStep:
-    blocks = tuple(Block(name, model.get_submodule(name)) for name in names)
-    task, config = Task(model, square, blocks), OptimConfig(lr=0.1)
-    optimizer = Optimizer(make_groups(task, config, {}), config, total_steps=10)
-    return TrainingStep(task, optimizer, None, GradientsConfig(), make_precision("fp32", CPU))
-
-
-def build(*frozen: str) -> Setup:
-    """Stem, two blocks, a head; with 1000 bytes before anything runs."""
-    torch.manual_seed(0)
-    meter = HandMeter(1000)
-    model = nn.Sequential(
-        Layer(meter, kept=100, forward=30, backward=40, gradients=7),
-        Layer(meter, kept=10, forward=300, backward=500, gradients=3),
-        Layer(meter, kept=10, forward=300, backward=500, gradients=3),
-        Layer(meter, kept=20, forward=50, backward=900, gradients=5),
-    )
-    for name in frozen:
-        model.get_submodule(name).requires_grad_(False)
-    step = step_over(model, "1", "2")
-    return Setup(meter, step, BlockForwards(step.task, "off", step.precision))
-
-
-def make_batch(seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return Batch({"inputs": torch.randn(SIZE, WIDTH, generator=generator)}, SIZE)
+from fastft.task import Batch, Loss
 
 
 def test_what_is_there_besides_the_blocks() -> None:
@@ -438,74 +332,6 @@ def test_blocks_without_anything_to_differentiate() -> None:
     found = measure_blocks(one.step, one.forwards, calls, list(one.forwards.ways), one.meter)
     assert {choice.kept_bytes for choice in found["1"].values()} == {0}
     assert {choice.kept_bytes for choice in found["2"].values()} == {10}
-
-
-MEASURED = {
-    "1": {"keep": Choice("keep", 60, 70, 30, 0.5), "redo": Choice("redo", 10, 70, 95, 0.75)},
-    "2": {"keep": Choice("keep", 40, 50, 35, 0.5), "redo": Choice("redo", 20, 50, 85, 0.625)},
-}
-REST = Rest(
-    fixed=1000,
-    before=100,
-    before_backward=40,
-    tail=900,
-    tail_gradients=LINEAR,
-    other_gradients=LINEAR,
-    peak=2100,
-    seconds=4.0,
-)
-
-
-def test_the_costs_of_a_step() -> None:
-    costs = assemble_costs(build().step, REST, MEASURED, 1)
-    # The model's peak: 1000 and 100, 30 kept by the blocks, 900 of the tail.
-    missed = 2100 - 2030
-    assert costs == StepCosts(
-        blocks=tuple(
-            BlockCosts(name, tuple(choices.values()), LINEAR) for name, choices in MEASURED.items()
-        ),
-        fixed_bytes=1000 + missed,
-        before_bytes=100,
-        before_backward_bytes=40,
-        tail_bytes=900,
-        tail_gradient_bytes=LINEAR,
-        update_bytes=LINEAR,
-        other_seconds=4.0 - 0.75 - 0.625,
-    )
-
-
-def test_with_several_micro_batches_all_gradients_are_there_from_the_start() -> None:
-    costs = assemble_costs(build("0").step, REST, MEASURED, 2)
-    assert [block.gradient_bytes for block in costs.blocks] == [0, 0]
-    assert (costs.tail_gradient_bytes, costs.update_bytes) == (0, 0)
-    # Those of two blocks and the head; the stem is frozen.
-    assert costs.fixed_bytes == 1000 + 3 * LINEAR + (2100 - 2030 - 3 * LINEAR)
-
-
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("peak", [2100, 2030, 1900])
-@pytest.mark.parametrize("frozen", [(), ("0",), ("0", "1")])
-def test_the_model_agrees_with_the_rehearsal(
-    micro_batches: int, peak: int, frozen: tuple[str, ...]
-) -> None:
-    rest = dataclasses.replace(REST, peak=peak)
-    costs = assemble_costs(build(*frozen).step, rest, MEASURED, micro_batches)
-    assert peak_bytes(costs, (1, 1)) == peak
-    assert step_seconds(costs, (1, 1)) == pytest.approx(4.0)
-    saved = micro_batches * (0.25 + 0.125)
-    assert step_seconds(costs, (0, 0)) == pytest.approx(4.0 - saved)
-
-
-def test_blocks_that_are_not_called_have_no_costs() -> None:
-    costs = assemble_costs(build().step, REST, {"2": MEASURED["2"]}, 1)
-    assert [block.name for block in costs.blocks] == ["2"]
-
-
-def test_nothing_is_negative() -> None:
-    rest = dataclasses.replace(REST, peak=500, seconds=0.1)
-    costs = assemble_costs(build().step, rest, MEASURED, 1)
-    assert costs.fixed_bytes == 0
-    assert costs.other_seconds == 0
 
 
 def test_the_whole_menu_is_measured_and_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
