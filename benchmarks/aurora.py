@@ -11,7 +11,6 @@ blocks one way; `--budgets` plans. Encoder and decoder run in bf16 (all), as ups
 
 import argparse
 import gc
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.models import trainer_step
-from benchmarks.training import CLIP, DEVICE, OPTIM, PRECISION, Records, measure
+from benchmarks.training import CLIP, DEVICE, OPTIM, PRECISION, Records, measure, measure_trainer
 from fastft.adapters.aurora import AuroraAdapter, AuroraOptions
 from fastft.config import parse_bytes
 from fastft.errors import PlanError
@@ -32,10 +31,8 @@ from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.plan import make_plan
 from fastft.optim import make_groups
 from fastft.runfile import parse
-from fastft.step import TrainingStep
 from fastft.task import Batch, Task
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # Class, grid, and the FLOPs of three forwards of 97e12, as measured for the full model.
 SIZES = {
     "full": ("AuroraPretrained", (721, 1440), 3 * 97e12),
@@ -162,17 +159,6 @@ def measure_upstream(task: Task, size: str, batches: list[Batch]) -> dict[str, A
     return measure(gradients, step, batches)
 
 
-def measure_fastft(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
-    """The trainer's step as its blocks run now."""
-
-    def gradients(batch: Batch) -> tuple[Tensor, Tensor]:
-        with step.rehearsal():
-            result = step(0, [batch])
-        return result.loss, cast(Tensor, result.verdict.norm)
-
-    return measure(gradients, lambda batch: step(0, [batch]), batches)
-
-
 def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Records) -> Iterator[str]:
     """Measures every way and budget; yields what could not be planned."""
     adapter = make_adapter(arguments.size, autocast)
@@ -182,7 +168,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
         name = f"fastft, autocast {autocast}, {way}"
-        records.add(name, lambda: measure_fastft(step, batches))
+        records.add(name, lambda: measure_trainer(step, batches))
     for budget in arguments.budgets:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
         enforce(limit, DEVICE)
@@ -193,7 +179,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
             continue
         records.add(
             f"fastft, autocast {autocast}, {budget}",
-            lambda: measure_fastft(step, batches),
+            lambda: measure_trainer(step, batches),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=plan.predicted_bytes and round(plan.predicted_bytes / GIB, 3),
             ways=plan.summary(),

@@ -17,17 +17,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import trainer_step
+from benchmarks.models import classifier_batch, trainer_step
 from benchmarks.training import CASES, CLIP, DEVICE, OPTIM, PRECISION
 from fastft.runtime import environment
-from fastft.task import Batch
 
 
 def first_step(name: str) -> dict[str, float]:
     """Seconds of building the step and taking it once, and of taking it again."""
     case = CASES[name]()
     task, (pair, *_) = case.task(), case.make_batches()
-    batches = [Batch({"inputs": pair[0], "targets": pair[1]}, len(pair[0]))]
+    batches = [classifier_batch(pair)]
     torch.cuda.synchronize()
     marks = [time.perf_counter()]
     step, _ = trainer_step(task, DEVICE, OPTIM, CLIP, precision=PRECISION, compile=case.compile)

@@ -26,15 +26,17 @@ from torch import Tensor, nn
 
 from benchmarks.models import (
     Decoder,
+    classifier_batch,
     classifier_task,
     markov_tokens,
     prototype_images,
     trainer_step,
 )
 from benchmarks.peers import PlainStep
+from benchmarks.timing import time_steps
 from fastft.config import OptimConfig, ScheduleConfig
 from fastft.runtime import environment
-from fastft.task import Batch, Task
+from fastft.task import Task
 
 DEVICE = torch.device("cuda", 0)
 CLIP = 1.0
@@ -90,8 +92,7 @@ def fastft_step(
     step, _ = trainer_step(task, DEVICE, optim, CLIP, **settings)
 
     def run(index: int, pair: Pair) -> Tensor:
-        data = {"inputs": pair[0], "targets": pair[1]}
-        return step(index, [Batch(data, len(pair[0]))]).loss
+        return step(index, [classifier_batch(pair)]).loss
 
     return run
 
@@ -166,13 +167,7 @@ def main() -> None:
 def _timed(step: Callable[[int], Tensor], first: int) -> list[float]:
     """Milliseconds of each step of a round, after one that is not counted."""
     step(first)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS_PER_ROUND + 1)]
-    marks[0].record()
-    for i in range(STEPS_PER_ROUND):
-        step(first + i)
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    return time_steps(lambda i: step(first + i), STEPS_PER_ROUND)
 
 
 def _gap(a: list[float], b: list[float]) -> float:

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 from benchmarks.models import (
     Decoder,
+    classifier_batch,
     classifier_task,
     markov_tokens,
     prototype_images,
     trainer_step,
 )
+from benchmarks.timing import time_steps
 from fastft.config import MemoryConfig, OptimConfig, ScheduleConfig
 from fastft.graphs.choose import choose_graph
 from fastft.graphs.record import record_on_gpu
@@ -78,14 +80,7 @@ def train_anew(step: TrainingStep, batches: list[Batch], start: dict[str, Tensor
 
 def step_ms(step: TrainingStep, batches: list[Batch]) -> float:
     """Median time of real steps, as the host launches them one after the other."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    marks[0].record()
-    for i, mark in enumerate(marks[1:]):
-        step(STEPS + i, [batches[i % POOL]])
-        mark.record()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return statistics.median(times)
+    return statistics.median(time_steps(lambda i: step(STEPS + i, [batches[i % POOL]]), TIMED))
 
 
 def measure(name: str, case: Case, mode: str) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def measure(name: str, case: Case, mode: str) -> dict[str, Any]:
     task = classifier_task(case.make_model, DEVICE, seed=0)
     settings = {"precision": "bf16", "compile": mode}
     step, _ = trainer_step(task, DEVICE, OPTIM, clip_norm=1.0, **settings)
-    batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in case.make_batches()]
+    batches = [classifier_batch(pair) for pair in case.make_batches()]
     start = {key: value.clone() for key, value in task.model.state_dict().items()}
     expected = train_anew(step, batches, start)
     plain_ms, plain_gib = step_ms(step, batches), torch.cuda.memory_reserved() / GIB

@@ -109,6 +109,11 @@ def classifier_task(make_model: Callable[[], nn.Module], device: torch.device, s
     return Task(model, loss, repeated_blocks(model), layer_norms=(LayerNorm,))
 
 
+def classifier_batch(pair: tuple[Tensor, Tensor]) -> Batch:
+    """(inputs, targets) as `classifier_task` takes them."""
+    return Batch({"inputs": pair[0], "targets": pair[1]}, len(pair[0]))
+
+
 def trainer_step(
     task: Task, device: torch.device, optim: OptimConfig, clip_norm: float, **step: str | bool
 ) -> tuple[TrainingStep, BlockForwards]:

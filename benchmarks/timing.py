@@ -1,5 +1,6 @@
 """Device time of a call, beside a copy of the same size in the same process."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -82,6 +83,17 @@ def copy_bytes_per_us(size_bytes: int = 1 << 29) -> float:
     source = torch.randint(-128, 128, (size_bytes,), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size_bytes / time_device(lambda: target.copy_(source)).p50
+
+
+def time_steps(step: Callable[[int], object], count: int) -> list[float]:
+    """Milliseconds of each of `count` steps, called with their numbers one after the other."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for i, mark in enumerate(marks[1:]):
+        step(i)
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def _percentiles(values: list[float]) -> Timing:

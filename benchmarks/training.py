@@ -13,7 +13,6 @@ values of torch's activation_memory_budget.
 import argparse
 import datetime
 import gc
-import itertools
 import json
 import math
 import os
@@ -33,12 +32,14 @@ from torch import Tensor, nn
 
 from benchmarks.models import (
     Decoder,
+    classifier_batch,
     classifier_task,
     markov_tokens,
     prototype_images,
     trainer_step,
 )
 from benchmarks.peers import PlainStep
+from benchmarks.timing import time_steps
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
 from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
 from fastft.errors import PlanError
@@ -125,14 +126,8 @@ def measure(
     same = [value.item() for pair in pairs for value in gradients(pair)]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 2)]
-    for i, mark in enumerate(marks):
-        mark.record()
-        if i < len(marks) - 1:
-            run(pairs[i % len(pairs)])
-    torch.cuda.synchronize()
     # The first step finds a host that is not yet ahead.
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks[1:])]
+    times = time_steps(lambda i: run(pairs[i % len(pairs)]), STEPS + 1)[1:]
     return {
         "step_ms": round(statistics.median(times), 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
@@ -161,19 +156,16 @@ PEERS = {
 }
 
 
-def measure_trainer(step: TrainingStep, pairs: list[Pair]) -> dict[str, Any]:
+def measure_trainer(step: TrainingStep, batches: Sequence[Batch]) -> dict[str, Any]:
     """The trainer's step as its blocks run now."""
 
-    def batch(pair: Pair) -> list[Batch]:
-        return [Batch({"inputs": pair[0], "targets": pair[1]}, len(pair[0]))]
-
-    def gradients(pair: Pair) -> tuple[Tensor, Tensor]:
+    def gradients(batch: Batch) -> tuple[Tensor, Tensor]:
         with step.rehearsal():
-            result = step(0, batch(pair))
+            result = step(0, [batch])
         return result.loss, cast(Tensor, result.verdict.norm)
 
     # Not a rehearsal, whose update is skipped.
-    row = measure(gradients, lambda pair: step(0, batch(pair)), pairs)
+    row = measure(gradients, lambda batch: step(0, [batch]), batches)
     skipped = int(step.guard.counters()["skipped"].item())
     if skipped:
         raise SystemExit(f"{skipped} of the timed steps did not update; their times mean nothing")
@@ -252,10 +244,10 @@ class Records:
 
 
 def within_budget(
-    budget: str, step: TrainingStep, forwards: BlockForwards, pairs: list[Pair], records: Records
+    budget: str, step: TrainingStep, forwards: BlockForwards, pool: list[Batch], records: Records
 ) -> None:
     """Plans and measures with the budget enforced."""
-    batches = [Batch({"inputs": x, "targets": y}, len(x)) for x, y in pairs[:1]]
+    batches = pool[:1]
     if budget in ("half", "least"):
         costs = measure_costs(step, forwards, batches, offload=budget == "least")
         least = peak_bytes(costs, [len(block.choices) - 1 for block in costs.blocks])
@@ -282,7 +274,7 @@ def within_budget(
         )
         records.add(
             f"fastft, {budget}",
-            lambda: measure_trainer(step, pairs),
+            lambda: measure_trainer(step, pool),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=None if predicted is None else round(predicted / GIB, 3),
             predicted_ms=None if modelled is None else round(1e3 * modelled, 2),
@@ -314,10 +306,11 @@ def main() -> None:
     settings = {"precision": PRECISION, "compile": case.compile}
     settings["layer_norm"] = arguments.layer_norm
     step, forwards = trainer_step(case.task(), DEVICE, OPTIM, clip_norm=CLIP, **settings)
+    batches = [classifier_batch(pair) for pair in pairs]
     for name in sweep(forwards, arguments.shares) if arguments.sweep else ():
-        records.add(name, lambda: measure_trainer(step, pairs))
+        records.add(name, lambda: measure_trainer(step, batches))
     for budget in arguments.budgets:
-        within_budget(budget, step, forwards, pairs, records)
+        within_budget(budget, step, forwards, batches, records)
     Console(width=150).print(records.table())
     if records.wrong:
         sys.exit("\n".join(["losses differ:", *records.wrong]))

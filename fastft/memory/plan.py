@@ -189,8 +189,10 @@ def _menu(
         try:
             twice = differentiates_twice(step, batches)
         except HostMemoryError:
-            inputs = "the inputs of all blocks"
-            say(f"memory: {inputs} would take more than half of the host's free memory")
+            say(
+                "memory: the inputs of all blocks would take more than half of the host's free"
+                " memory"
+            )
         if twice is False and forwards.host.pinned_bytes:
             return list(forwards.ways)
     forwards.use_everywhere(RECOMPUTE)
