@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from benchmarks.breakdown import break_down
 from benchmarks.models import trainer_step
 from benchmarks.training import CLIP, DEVICE, OPTIM, PRECISION, Records, measure, measure_trainer
 from fastft.adapters.aurora import AuroraAdapter, AuroraOptions
@@ -31,6 +32,7 @@ from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.plan import make_plan
 from fastft.optim import make_groups
 from fastft.runfile import parse
+from fastft.step import TrainingStep
 from fastft.task import Batch, Task
 
 # Class, grid, and the FLOPs of three forwards of 97e12, as measured for the full model.
@@ -39,7 +41,7 @@ SIZES = {
     "small": ("AuroraSmallPretrained", (721, 1440), 0.0),
     "tiny": ("AuroraSmallPretrained", (17, 32), 0.0),
 }
-BATCHES = 2
+BATCHES, STEPS = 2, 4
 
 
 def make_adapter(size: str, autocast: str) -> AuroraAdapter:
@@ -156,7 +158,15 @@ def measure_upstream(task: Task, size: str, batches: list[Batch]) -> dict[str, A
         step.zero_grad()
         return found
 
-    return measure(gradients, step, batches)
+    return measure(gradients, step, batches, STEPS) | break_down(
+        lambda: step(batches[0]), PRECISION
+    )
+
+
+def measure_ours(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
+    """A row of ours."""
+    row = measure_trainer(step, batches, STEPS)
+    return row | break_down(lambda: step(0, batches[:1]), PRECISION)
 
 
 def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Records) -> Iterator[str]:
@@ -168,7 +178,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
         name = f"fastft, autocast {autocast}, {way}"
-        records.add(name, lambda: measure_trainer(step, batches))
+        records.add(name, lambda: measure_ours(step, batches))
     for budget in arguments.budgets:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
         enforce(limit, DEVICE)
@@ -179,7 +189,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
             continue
         records.add(
             f"fastft, autocast {autocast}, {budget}",
-            lambda: measure_trainer(step, batches),
+            lambda: measure_ours(step, batches),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=plan.predicted_bytes and round(plan.predicted_bytes / GIB, 3),
             ways=plan.summary(),

@@ -115,19 +115,23 @@ CASES = {
 
 
 def measure(
-    gradients: Callable[[Any], Sequence[Tensor]], run: Callable[[Any], object], pairs: Sequence[Any]
+    gradients: Callable[[Any], Sequence[Tensor]],
+    run: Callable[[Any], object],
+    pairs: Sequence[Any],
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """Peak, time, and what must not change: loss and gradient norm of every batch.
 
     Args:
         gradients: loss and gradient norm of a batch; changes nothing.
         run: a whole step.
+        steps: that are timed.
     """
     same = [value.item() for pair in pairs for value in gradients(pair)]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     # The first step finds a host that is not yet ahead.
-    times = time_steps(lambda i: run(pairs[i % len(pairs)]), STEPS + 1)[1:]
+    times = time_steps(lambda i: run(pairs[i % len(pairs)]), steps + 1)[1:]
     return {
         "step_ms": round(statistics.median(times), 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
@@ -156,7 +160,9 @@ PEERS = {
 }
 
 
-def measure_trainer(step: TrainingStep, batches: Sequence[Batch]) -> dict[str, Any]:
+def measure_trainer(
+    step: TrainingStep, batches: Sequence[Batch], steps: int = STEPS
+) -> dict[str, Any]:
     """The trainer's step as its blocks run now."""
 
     def gradients(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,7 +171,7 @@ def measure_trainer(step: TrainingStep, batches: Sequence[Batch]) -> dict[str, A
         return result.loss, cast(Tensor, result.verdict.norm)
 
     # Not a rehearsal, whose update is skipped.
-    row = measure(gradients, lambda batch: step(0, [batch]), batches)
+    row = measure(gradients, lambda batch: step(0, [batch]), batches, steps)
     skipped = int(step.guard.counters()["skipped"].item())
     if skipped:
         raise SystemExit(f"{skipped} of the timed steps did not update; their times mean nothing")
