@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fastft_kernels.device import FLOAT_DTYPES, launch, next_power_of_2, runs_triton
 from fastft_kernels.dispatch import as_differentiable_op, as_op
-from fastft_kernels.window_grid import APART, Grid, Triple
+from fastft_kernels.window_grid import APART, Grid, Triple, plain_backward
 from fastft_kernels.window_grid import reference as reference
 
 MAX_TOKENS = 256
+HEAD_COLUMNS = (16, 32, 64, 128)
 _LOG2E = tl.constexpr(math.log2(math.e))
 _APART = tl.constexpr(APART)
 
@@ -322,25 +323,16 @@ def _run_backward(
     """dqkv."""
     dqkv = _backward_fake(dy, qkv, heads, size, window, shift)
     if not runs_triton(qkv):
-        return dqkv.copy_(_plain_backward(dy, qkv, heads, _triples(size, window, shift)))
+        return dqkv.copy_(plain_backward(dy, qkv, heads, *_triples(size, window, shift)))
     if dy.numel():
         dy, qkv = dy.contiguous(), qkv.contiguous()
         tensors = (dy, qkv, dqkv)
-        _launch(_backward_kernel, tensors, qkv, heads, _grid(size, window, shift), 64, 8)
+        _launch(_backward_kernel, tensors, qkv, heads, _grid(size, window, shift), 32, 4)
     return dqkv
 
 
 def _backward_fake(dy, qkv, heads, size, window, shift):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _plain_backward(dy: Tensor, qkv: Tensor, heads: int, triples: tuple[Triple, ...]) -> Tensor:
-    """What autograd finds of the reference, differentiable again where gradients are on."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = qkv if again else qkv.detach().requires_grad_()
-        y = reference(x, heads, *triples)
-        return torch.autograd.grad(y, x, dy.to(y.dtype), create_graph=again)[0]
 
 
 _backward = as_op("fastft::window_attention_backward", _run_backward, _backward_fake)
@@ -354,8 +346,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, dy):
     (qkv,) = ctx.saved_tensors
     if torch.is_grad_enabled():
+        # create_graph=True: plain torch, which autograd can differentiate again.
         heads, *triples = ctx.rest
-        dqkv = _plain_backward(dy, qkv, heads, _triples(*triples))
+        dqkv = plain_backward(dy, qkv, heads, *_triples(*triples))
     else:
         dqkv = _backward(dy, qkv, *ctx.rest)
     return dqkv, None, None, None, None
@@ -385,7 +378,7 @@ def window_attention(
             f" with {heads} heads; got {tuple(qkv.shape)}; pad it behind"
         )
     columns = qkv.shape[-1] // (3 * heads)
-    if grid.tokens > MAX_TOKENS or columns not in (16, 32, 64, 128):
+    if grid.tokens > MAX_TOKENS or columns not in HEAD_COLUMNS:
         raise ValueError(
             f"window_attention: a window must have at most {MAX_TOKENS} tokens and a head 16, 32,"
             f" 64 or 128 columns; got {grid.tokens} and {columns}; use reference there"

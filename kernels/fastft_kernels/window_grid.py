@@ -51,24 +51,57 @@ def reference(
 ) -> Tensor:
     """The formula in plain torch, with copies of the windows and the whole mask."""
     grid = Grid(size, window, shift)
-    places, groups = (table.to(qkv.device) for table in _tables(grid))
-    batch, width = len(qkv), qkv.shape[-1] // 3
-    tokens = qkv.reshape(batch, -1, 3 * width)[:, places.flatten()]
-    tokens = tokens.view(batch * grid.windows, grid.tokens, 3, heads, width // heads)
-    q, k, v = tokens.permute(2, 0, 3, 1, 4)
-    mask = None
-    if any(shift):
-        apart = groups[:, :, None] != groups[:, None, :]
-        mask = torch.where(apart, APART, 0.0).to(qkv.dtype).repeat(batch, 1, 1)[:, None]
+    places, mask = _tables(grid, len(qkv), qkv)
+    q, k, v = _into_windows(qkv, 3 * heads, places).chunk(3, dim=1)
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    found = found.transpose(1, 2).reshape(batch, -1, width)
     c, h, w = size
-    back = places.flatten().argsort().view(grid.padded)[:c, :h, :w]
-    return found[:, back.flatten()].view(batch, *size, width)
+    return _out_of_windows(found, len(qkv), places).unflatten(1, grid.padded)[:, :c, :h, :w]
 
 
-def _tables(grid: Grid) -> tuple[Tensor, Tensor]:
-    """Of each window's tokens the place in the padded input and the group, `[windows, T]`."""
+def plain_backward(
+    dy: Tensor, qkv: Tensor, heads: int, size: Triple, window: Triple, shift: Triple = (0, 0, 0)
+) -> Tensor:
+    """dqkv in the dtype of qkv, computed in float32 at least; autograd can differentiate it."""
+    grid = Grid(size, window, shift)
+    whole = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    places, mask = _tables(grid, len(qkv), whole)
+    q, k, v = _into_windows(whole, 3 * heads, places).chunk(3, dim=1)
+    behind = [p - n for p, n in zip(grid.padded, size, strict=True)]
+    padded = F.pad(dy.to(whole.dtype), (0, 0, 0, behind[2], 0, behind[1], 0, behind[0]))
+    dy = _into_windows(padded, heads, places)
+    scale = q.shape[-1] ** -0.5
+    scores = q @ k.mT * scale
+    p = (scores if mask is None else scores + mask).softmax(-1)
+    dp = dy @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    found = torch.cat([ds @ k, ds.mT @ q, p.mT @ dy], dim=1)
+    return _out_of_windows(found, len(qkv), places).view(qkv.shape).to(qkv.dtype)
+
+
+def _into_windows(x: Tensor, heads: int, places: Tensor) -> Tensor:
+    """`[B, C', H', W', heads * D]` as `[B * windows, heads, T, D]`."""
+    tokens = x.flatten(1, 3)[:, places.flatten()]
+    tokens = tokens.view(len(x) * len(places), places.shape[1], heads, -1)
+    return tokens.transpose(1, 2)
+
+
+def _out_of_windows(x: Tensor, batch: int, places: Tensor) -> Tensor:
+    """`[B * windows, heads, T, D]` as `[B, C' * H' * W', heads * D]`."""
+    tokens = x.transpose(1, 2).reshape(batch, places.numel(), -1)
+    return tokens[:, places.flatten().argsort()]
+
+
+def _tables(grid: Grid, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of each window's tokens the place in the padded input, `[windows, T]`, and the mask."""
+    places, groups = (table.to(like.device) for table in _indices(grid))
+    if not any(grid.shift):
+        return places, None
+    apart = groups[:, :, None] != groups[:, None, :]
+    return places, torch.where(apart, APART, 0.0).to(like.dtype).repeat(batch, 1, 1)[:, None]
+
+
+def _indices(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Of each window's tokens the place and the group, `[windows, T]`."""
     sources, groups, insides = [], [], []
     for axis in range(3):
         n, width, shift = grid.size[axis], grid.window[axis], grid.shift[axis]
