@@ -81,13 +81,14 @@ def plain_backward(
 def _into_windows(x: Tensor, heads: int, places: Tensor) -> Tensor:
     """`[B, C', H', W', heads * D]` as `[B * windows, heads, T, D]`."""
     tokens = x.flatten(1, 3)[:, places.flatten()]
-    tokens = tokens.view(len(x) * len(places), places.shape[1], heads, -1)
+    count, length = places.shape
+    tokens = tokens.view(len(x) * count, length, heads, x.shape[-1] // heads)
     return tokens.transpose(1, 2)
 
 
 def _out_of_windows(x: Tensor, batch: int, places: Tensor) -> Tensor:
     """`[B * windows, heads, T, D]` as `[B, C' * H' * W', heads * D]`."""
-    tokens = x.transpose(1, 2).reshape(batch, places.numel(), -1)
+    tokens = x.transpose(1, 2).reshape(batch, places.numel(), x.shape[1] * x.shape[3])
     return tokens[:, places.flatten().argsort()]
 
 
