@@ -242,9 +242,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy):
+    q, kv = ctx.saved_tensors
     # create_graph=True: plain torch, which autograd can differentiate again.
     backward = plain_backward if torch.is_grad_enabled() else _backward
-    return *backward(dy, *ctx.saved_tensors, ctx.heads), None
+    dq, dkv = backward(dy, q, kv, ctx.heads)
+    return dq, dkv, None
 
 
 _forward = as_differentiable_op(

@@ -46,7 +46,9 @@ def _axis(at, n, before, shift, window):
     rolled = at - before
     inside = (rolled >= 0) & (rolled < n)
     behind = tl.where(rolled < 0, n + at, at)
-    return inside, tl.where(inside, (rolled + shift) % n, behind), rolled
+    back = rolled + shift
+    back = tl.where(back >= n, back - n, back)
+    return inside, tl.where(inside, back, behind), rolled
 
 
 @triton.jit
@@ -71,18 +73,18 @@ def _locate(
     c = window // (in_row * in_layer)
     sample = c // (CP // WC)
     c = c % (CP // WC)
-    inside_c, at_c, rolled_c = _axis(c * WC + t // (WH * WW), C, (CP - C) // 2, SC, WC)
-    inside_h, at_h, rolled_h = _axis(h * WH + (t // WW) % WH, H, (HP - H) // 2, SH, WH)
-    inside_w, at_w, rolled_w = _axis(w * WW + t % WW, W, (WP - W) // 2, SW, WW)
-    inside = inside_c & inside_h & inside_w
-    row = ((sample * CP + at_c) * HP + at_h).to(tl.int64) * WP + at_w
-    out = ((sample * C + at_c) * H + at_h).to(tl.int64) * W + at_w
+    along_c = _axis(c * WC + t // (WH * WW), C, (CP - C) // 2, SC, WC)
+    along_h = _axis(h * WH + (t // WW) % WH, H, (HP - H) // 2, SH, WH)
+    along_w = _axis(w * WW + t % WW, W, (WP - W) // 2, SW, WW)
+    inside = along_c[0] & along_h[0] & along_w[0]
+    row = ((sample * CP + along_c[1]) * HP + along_h[1]).to(tl.int64) * WP + along_w[1]
+    out = ((sample * C + along_c[1]) * H + along_h[1]).to(tl.int64) * W + along_w[1]
     group = tl.zeros_like(t)
     if SHIFTED:
-        group_c = (rolled_c >= C - WC).to(tl.int32) + (rolled_c >= C - SC).to(tl.int32)
-        group_h = (rolled_h >= H - WH).to(tl.int32) + (rolled_h >= H - SH).to(tl.int32)
+        group_c = (along_c[2] >= C - WC).to(tl.int32) + (along_c[2] >= C - SC).to(tl.int32)
+        group_h = (along_h[2] >= H - WH).to(tl.int32) + (along_h[2] >= H - SH).to(tl.int32)
         # The ends of the last axis are neighbours.
-        group_w = (rolled_w >= W - WW).to(tl.int32)
+        group_w = (along_w[2] >= W - WW).to(tl.int32)
         group = tl.where(SC > 0, group_c, 0) * 9 + tl.where(SH > 0, group_h, 0) * 3
         group = tl.where(inside, group + tl.where(SW > 0, group_w, 0), 27)
     return row, out, inside, group
@@ -127,29 +129,29 @@ def _forward_kernel(
     width = heads * D
     first = head * D
     t1 = tl.arange(0, MAIN)
-    row1, _, _, group1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
-    k1 = _load(QKV, row1, 3 * width, width + first, t1 < T, D)
-    v1 = _load(QKV, row1, 3 * width, 2 * width + first, t1 < T, D)
+    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
+    k1 = _load(QKV, place1[0], 3 * width, width + first, t1 < T, D)
+    v1 = _load(QKV, place1[0], 3 * width, 2 * width + first, t1 < T, D)
     if TAIL:
         t2 = MAIN + tl.arange(0, TAIL)
-        row2, _, _, group2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
-        k2 = _load(QKV, row2, 3 * width, width + first, t2 < T, D)
-        v2 = _load(QKV, row2, 3 * width, 2 * width + first, t2 < T, D)
+        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        k2 = _load(QKV, place2[0], 3 * width, width + first, t2 < T, D)
+        v2 = _load(QKV, place2[0], 3 * width, 2 * width + first, t2 < T, D)
     scale *= _LOG2E
     for start in range(0, T, ROWS):
         t = start + tl.arange(0, ROWS)
-        row, out, inside, group = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
-        q = _load(QKV, row, 3 * width, first, t < T, D)
+        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        q = _load(QKV, place[0], 3 * width, first, t < T, D)
         s1 = _dot(q, tl.trans(k1)) * scale
         if SHIFTED:
-            s1 += tl.where(group[:, None] == group1[None, :], 0.0, _APART * _LOG2E)
+            s1 += tl.where(place[3][:, None] == place1[3][None, :], 0.0, _APART * _LOG2E)
         if MAIN > T:
             s1 = tl.where((t1 < T)[None, :], s1, float("-inf"))
         most = tl.max(s1, axis=1)
         if TAIL:
             s2 = _dot(q, tl.trans(k2)) * scale
             if SHIFTED:
-                s2 += tl.where(group[:, None] == group2[None, :], 0.0, _APART * _LOG2E)
+                s2 += tl.where(place[3][:, None] == place2[3][None, :], 0.0, _APART * _LOG2E)
             s2 = tl.where((t2 < T)[None, :], s2, float("-inf"))
             most = tl.maximum(most, tl.max(s2, axis=1))
         p1 = tl.exp2(s1 - most[:, None])
@@ -160,8 +162,8 @@ def _forward_kernel(
             total += tl.sum(p2, axis=1)
             y += _dot(p2.to(q.dtype), v2)
         y = (y / total[:, None]).to(OUT.dtype.element_ty)
-        at = out[:, None] * width + first + tl.arange(0, D)[None, :]
-        tl.store(OUT + at, y, mask=((t < T) & inside)[:, None])
+        at = place[1][:, None] * width + first + tl.arange(0, D)[None, :]
+        tl.store(OUT + at, y, mask=((t < T) & place[2])[:, None])
 
 
 @triton.jit
@@ -203,33 +205,33 @@ def _backward_kernel(
     width = heads * D
     first = head * D
     t1 = tl.arange(0, MAIN)
-    row1, _, _, group1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
-    k1 = _load(QKV, row1, 3 * width, width + first, t1 < T, D)
-    v1 = _load(QKV, row1, 3 * width, 2 * width + first, t1 < T, D)
+    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
+    k1 = _load(QKV, place1[0], 3 * width, width + first, t1 < T, D)
+    v1 = _load(QKV, place1[0], 3 * width, 2 * width + first, t1 < T, D)
     dk1 = tl.zeros([MAIN, D], tl.float32)
     dv1 = tl.zeros([MAIN, D], tl.float32)
     if TAIL:
         t2 = MAIN + tl.arange(0, TAIL)
-        row2, _, _, group2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
-        k2 = _load(QKV, row2, 3 * width, width + first, t2 < T, D)
-        v2 = _load(QKV, row2, 3 * width, 2 * width + first, t2 < T, D)
+        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        k2 = _load(QKV, place2[0], 3 * width, width + first, t2 < T, D)
+        v2 = _load(QKV, place2[0], 3 * width, 2 * width + first, t2 < T, D)
         dk2 = tl.zeros([TAIL, D], tl.float32)
         dv2 = tl.zeros([TAIL, D], tl.float32)
     for start in range(0, T, ROWS):
         t = start + tl.arange(0, ROWS)
-        row, out, inside, group = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
-        q = _load(QKV, row, 3 * width, first, t < T, D)
-        dy = _load(DY, out, width, first, (t < T) & inside, D)
+        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        q = _load(QKV, place[0], 3 * width, first, t < T, D)
+        dy = _load(DY, place[1], width, first, (t < T) & place[2], D)
         s1 = _dot(k1, tl.trans(q)) * (scale * _LOG2E)
         if SHIFTED:
-            s1 += tl.where(group1[:, None] == group[None, :], 0.0, _APART * _LOG2E)
+            s1 += tl.where(place1[3][:, None] == place[3][None, :], 0.0, _APART * _LOG2E)
         if MAIN > T:
             s1 = tl.where((t1 < T)[:, None], s1, float("-inf"))
         most = tl.max(s1, axis=0)
         if TAIL:
             s2 = _dot(k2, tl.trans(q)) * (scale * _LOG2E)
             if SHIFTED:
-                s2 += tl.where(group2[:, None] == group[None, :], 0.0, _APART * _LOG2E)
+                s2 += tl.where(place2[3][:, None] == place[3][None, :], 0.0, _APART * _LOG2E)
             s2 = tl.where((t2 < T)[:, None], s2, float("-inf"))
             most = tl.maximum(most, tl.max(s2, axis=0))
         p1 = tl.exp2(s1 - most[None, :])
@@ -253,12 +255,12 @@ def _backward_kernel(
             ds2 = (p2 * (dp2 - delta[None, :]) * scale).to(q.dtype)
             dk2 += _dot(ds2, q)
             dq += _dot(tl.trans(ds2), k2)
-        _store(DQKV, row, 3 * width, first, dq, t < T, D)
-    _store(DQKV, row1, 3 * width, width + first, dk1, t1 < T, D)
-    _store(DQKV, row1, 3 * width, 2 * width + first, dv1, t1 < T, D)
+        _store(DQKV, place[0], 3 * width, first, dq, t < T, D)
+    _store(DQKV, place1[0], 3 * width, width + first, dk1, t1 < T, D)
+    _store(DQKV, place1[0], 3 * width, 2 * width + first, dv1, t1 < T, D)
     if TAIL:
-        _store(DQKV, row2, 3 * width, width + first, dk2, t2 < T, D)
-        _store(DQKV, row2, 3 * width, 2 * width + first, dv2, t2 < T, D)
+        _store(DQKV, place2[0], 3 * width, width + first, dk2, t2 < T, D)
+        _store(DQKV, place2[0], 3 * width, 2 * width + first, dv2, t2 < T, D)
 
 
 def _parts(tokens: int) -> tuple[int, int]:
