@@ -70,7 +70,7 @@ class PetAdapter:
         model.to(device)
         return Task(
             model=model,
-            loss=PetLoss(options),
+            loss=PetLoss(options, (options.target,)),
             heads=heads(options.target),
             metrics={"errors": PetScores(self._unit)},
             low_rank=[name for name, _ in model.named_parameters() if ".lora_" in name],

@@ -1,9 +1,10 @@
 """Structures of any sizes as one batch: their atoms one after another, counted in `system`.
 
 Shapes, for B structures with N atoms and P pairs in all: `positions` [N, 3], `species` and `system`
-[N], `cells` [B, 3, 3], `atoms` [B], `centers` and `neighbours` [P], `shifts` [P, 3], and what
-`make_grid` returns; the labels `energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in float64, NaN
-where there is none.
+[N], `cells` [B, 3, 3], `atoms` [B], `target` [B], `centers` and `neighbours` [P], `shifts` [P, 3],
+and what `make_grid` returns; the labels `energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in
+float64, NaN where there is none. `target` counts the adapter's targets; a sample's is its own field
+of that name, 0 where it has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ def collate(
         "system": torch.from_numpy(np.repeat(np.arange(len(samples)), sizes)),
         "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
         "atoms": torch.tensor(sizes),
+        "target": torch.tensor([sample.get("target", 0) for sample in samples]),
         "shifts": _joined(found, "shifts"),
     }
     for name in ("centers", "neighbours"):

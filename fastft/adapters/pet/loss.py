@@ -6,7 +6,7 @@ in units of the target's scale.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from metatrain.pet import PET
@@ -24,13 +24,21 @@ from fastft.task import Batch, Loss
 class PetLoss:
     """Weighted sum of the errors of energy, forces and stress; `parts` are unweighted.
 
-    Labels that are NaN do not count. Predictions are in the target's unit and angstrom: `energy`
+    Every structure belongs to the target that `batch["target"]` [B] counts, and is predicted by its
+    heads. Errors are means over a target's own labels; with several, their losses add up, and parts
+    are named 'energy/pbe0:forces'.
+
+    Labels that are NaN do not count. Predictions are in each target's unit and angstrom: `energy`
     [B], `forces` [N, 3], `stress` [B, 3, 3].
+
+    Args:
+        targets: their names, as `batch["target"]` counts them.
     """
 
-    def __init__(self, options: PetOptions) -> None:
+    def __init__(self, options: PetOptions, targets: Sequence[str]) -> None:
         self._options = options
-        self._baseline = Baseline(options.target)
+        self._targets = list(targets)
+        self._baselines = [Baseline(target) for target in targets]
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Loss:
         """The loss; differentiable once more where gradients are on."""
@@ -40,29 +48,44 @@ class PetLoss:
                 "step.precision: must be 'fp32' or 'tf32', since PET is trained in full precision,"
                 " as by upstream; got autocast; set it"
             )
-        weights, scale = self._baseline(model)
+        atoms, system = batch["atoms"], batch["system"]
+        own, scale = self._baseline(model, batch)
         network, gradient, virial = self._differentiate(model, batch, scale)
-        atoms = batch["atoms"]
-        composition = torch.zeros_like(batch["energy"]).index_add_(
-            0, batch["system"], weights[type_index(model, batch["species"])]
-        )
-        # Targets less composition in float64: energies can be large.
-        target = (batch["energy"] - composition) / scale / atoms
-        parts = {"energy": self._error(network / scale / atoms, target)}
+        composition = torch.zeros_like(batch["energy"]).index_add_(0, system, own)
+        # Targets less composition in float64: energies can be large. Predictions keep theirs.
+        wide, scale = scale, scale.to(network.dtype)
+        target = (batch["energy"] - composition) / wide / atoms
+        errors = {"energy": (network / scale / atoms, target)}
         predictions = {"energy": network.detach().double() + composition}
         if gradient is not None:
-            parts["forces"] = self._error(gradient / scale, -batch["forces"] / scale)
+            per_atom = system[:, None]
+            errors["forces"] = (gradient / scale[per_atom], -batch["forces"] / wide[per_atom])
             predictions["forces"] = -gradient.detach()
         if virial is not None:
             a, b, c = batch["cells"].double().unbind(1)
             volume = (a * b.cross(c, dim=1)).sum(1).abs()[:, None, None]
-            sizes = atoms[:, None, None]
-            target = batch["stress"] * volume / scale / sizes
-            parts["stress"] = self._error(virial / scale / sizes, target)
+            scale, wide, sizes = (each[:, None, None] for each in (scale, wide, atoms))
+            target = batch["stress"] * volume / wide / sizes
+            errors["stress"] = (virial / scale / sizes, target)
             predictions["stress"] = virial.detach() / volume
-        factors = self._options.loss
-        total = torch.stack([getattr(factors, n) * part for n, part in parts.items()]).sum()
+        parts, factors = {}, []
+        for index, name in enumerate(self._targets):
+            chosen = batch["target"] == index
+            of = {"energy": chosen, "forces": chosen[system, None], "stress": chosen[:, None, None]}
+            for part, pair in errors.items():
+                label = part if len(self._targets) == 1 else f"{name}:{part}"
+                parts[label] = self._error(*pair, of[part])
+                factors.append(getattr(self._options.loss, part))
+        weighted = [factor * part for factor, part in zip(factors, parts.values(), strict=True)]
+        total = torch.stack(weighted).sum()
         return Loss(total, {n: part.detach() for n, part in parts.items()}, predictions)
+
+    def _baseline(self, model: PET, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each atom's energy alone `[N]`, and each structure's scale `[B]`; float64."""
+        target, system = batch["target"], batch["system"]
+        found = [baseline(model) for baseline in self._baselines]
+        weights, scales = (torch.stack(values) for values in zip(*found, strict=True))
+        return weights[target[system], type_index(model, batch["species"])], scales[target]
 
     def _differentiate(
         self, model: PET, batch: Batch, scale: Tensor
@@ -81,7 +104,7 @@ class PetLoss:
                 moved = torch.einsum("ni,nij->nj", positions, strain[system])
                 cells = cells @ strain
                 inputs.append(strain)
-            atomic = _atomic_energies(model, options.target, moved, cells, batch)
+            atomic = _atomic_energies(model, self._targets, moved, cells, batch)
             energy = torch.zeros(len(cells), dtype=atomic.dtype, device=atomic.device)
             energy = energy.index_add(0, system, atomic) * scale.to(atomic.dtype)
             found: list[Tensor] = []
@@ -95,9 +118,9 @@ class PetLoss:
         gradient = found.pop(0) if options.forces else None
         return energy if again else energy.detach(), gradient, found.pop() if found else None
 
-    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """The mean over labels that there are, in the prediction's precision."""
-        present = ~target.isnan()
+    def _error(self, predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+        """The mean over those labels that are chosen and there, in the prediction's precision."""
+        present = ~target.isnan() & chosen
         # Before anything else: a gradient would be NaN times 0.
         difference = torch.where(present, predicted - target.to(predicted.dtype), 0)
         options = self._options.loss
@@ -112,13 +135,15 @@ class PetLoss:
 
 
 def _atomic_energies(
-    model: PET, target: str, positions: Tensor, cells: Tensor, batch: Batch
+    model: PET, targets: list[str], positions: Tensor, cells: Tensor, batch: Batch
 ) -> Tensor:
-    """What the network says of each atom, `[N]`, in units of the scale."""
+    """What each atom's target says of it, `[N]`, in units of the scale."""
     data = network_inputs(model, positions, cells, batch)
     nodes, edges = model.backend.calculate_features(data)
-    predictions, _, _ = model.backend.predict(nodes, edges, data, cells, batch["system"], [target])
-    return predictions[target][0].flatten()
+    system = batch["system"]
+    predictions, _, _ = model.backend.predict(nodes, edges, data, cells, system, targets)
+    every = torch.cat([predictions[target][0] for target in targets], dim=1)
+    return every.gather(1, batch["target"][system, None])[:, 0]
 
 
 @contextlib.contextmanager
