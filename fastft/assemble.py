@@ -37,6 +37,10 @@ def assemble(
     """
     adapter = find_adapter(config.model)
     make_report(adapter, config)
+    # What a model is made of may depend on the data, such as a head for each kind of label.
+    expect = getattr(adapter, "expect", None)
+    if expect is not None:
+        expect(config.data)
     path, heads = config.model.checkpoint, config.finetune.new_heads
     task = adapter.build(
         make_criterion(config.loss, device),
@@ -50,7 +54,7 @@ def assemble(
         weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
         absent = [*task.added, *task.low_rank]
         report = load_weights(task.model, weights, config.model, heads, absent)
-        console.print(report.table())
+        console.print(report.table(task.notes))
     elif pretrained:
         console.print(
             "no model.checkpoint: the weights are the adapter's, random unless it says so"

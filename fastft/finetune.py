@@ -22,6 +22,7 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
     """
     model = task.model
     new_heads = tuple(config.new_heads)
+    made = tuple(f"{head}.*" for head in task.new_heads)
     match config.method:
         case "full":
             trained = ("*",)
@@ -32,11 +33,12 @@ def apply_method(task: Task, config: FinetuneConfig) -> None:
             trained = _modules(model, new_heads or tuple(task.heads), "finetune.new_heads")
         case "lora" if task.low_rank:
             _refuse_idle_lora(config.lora)
-            trained = (*task.low_rank, *_modules(model, new_heads, "finetune.new_heads"))
-        case "lora":
-            _inject_lora(model, config.lora, keep=new_heads)
             heads = _modules(model, new_heads, "finetune.new_heads")
-            trained = ("*.lora_[AB].*", *heads)
+            trained = (*task.low_rank, *heads, *made)
+        case "lora":
+            _inject_lora(model, config.lora, keep=(*new_heads, *task.new_heads))
+            heads = _modules(model, new_heads, "finetune.new_heads")
+            trained = ("*.lora_[AB].*", *heads, *made)
     parameters = dict(named_parameters(model))
     _refuse_idle_globs(config, list(parameters))
     for name, parameter in parameters.items():

@@ -207,6 +207,9 @@ class Task:
             it has none, they stay as built, and are reported as new.
         double_backward: the loss differentiates the model in training, so that its backward pass
             goes through the model's own: nothing is then compiled.
+        new_heads: modules that the adapter has made for this run, beside those of
+            `finetune.new_heads`: `finetune.method = 'lora'` trains them too.
+        notes: what else the load report says, such as which parts of a checkpoint are dropped.
     """
 
     model: nn.Module
@@ -221,6 +224,8 @@ class Task:
     carry: Carry | None = None
     added: Sequence[str] = ()
     double_backward: bool = False
+    new_heads: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def compiled_blocks(self) -> list[Block]:
@@ -302,6 +307,9 @@ class Description:
 
 class Adapter(Protocol):
     """A model family. Made with its parsed options: `adapter = Adapter(options)`.
+
+    What only some families have is not listed here: `expect`, `optim_presets`, `report` and
+    `convert`, in CONTRIBUTING.md ("Writing an adapter").
 
     Attributes:
         Options: pydantic dataclass that checks `[model.options]`.

@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class LoadReport:
     casts: Mapping[str, int]
     shapes: Mapping[str, str]
 
-    def table(self) -> Table:
-        """The report for a terminal."""
+    def table(self, notes: Sequence[str] = ()) -> Table:
+        """The report for a terminal, with notes of the adapter's."""
         table = Table("", "tensors", "", title=Text(str(self.path)), title_justify="left")
         share = f"{self.coverage:.2%} of the values outside new heads"
         table.add_row("loaded", str(len(self.loaded)), share)
@@ -65,6 +65,8 @@ class LoadReport:
         for note, given in self._notes():
             if given:
                 table.add_row("note", "", Text(note))
+        for note in notes:
+            table.add_row("note", "", Text(note))
         return table
 
     def _notes(self) -> list[tuple[str, object]]:

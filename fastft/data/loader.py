@@ -82,6 +82,14 @@ class SourceLoader:
         """The batch of step 0, read in this process; disturbs neither iterators nor generators."""
         return _unwrap(self._reader[next(self._order.batches())])
 
+    def examples(self) -> Iterator[Batch]:
+        """The first batch of each data set, read as by `example`; of data to evaluate on."""
+        seen: set[int] = set()
+        for picks in self._order.batches():
+            if (source := int(picks.sources[0])) not in seen:
+                seen.add(source)
+                yield _unwrap(self._reader[picks])
+
     def close(self) -> None:
         """Ends the iterators that are still running, and their workers."""
         for batches in list(self._running):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from fastft.data import SourceLoader
 from fastft.metrics import MeanLoss
 from fastft.precision import Precision
 from fastft.runtime import rng_state, set_rng_state
@@ -36,10 +37,10 @@ def score(
 
 @torch.no_grad()
 def try_evaluation(
-    task: Task, loader: Loader, metrics: Mapping[str, Metric], precision: Precision
+    task: Task, loader: SourceLoader, metrics: Mapping[str, Metric], precision: Precision
 ) -> dict[str, float]:
-    """Evaluates one batch, so that what is wrong with it shows before the first step and not after
-    the last. Leaves metrics, modes and random generators as they were.
+    """Evaluates a batch of each data set, so that what is wrong with it shows before the first step
+    and not after the last. Leaves metrics, modes and random generators as they were.
 
     Returns:
         What evaluations will report, with the values of this batch.
@@ -49,7 +50,8 @@ def try_evaluation(
         metric.reset()
     mean_loss = MeanLoss(precision.device)
     with evaluating(task.model):
-        _update(task, loader.example(), metrics, precision, mean_loss)
+        for batch in loader.examples():
+            _update(task, batch, metrics, precision, mean_loss)
     values = {"loss": mean_loss.compute()}
     for metric in metrics.values():
         values.update(metric.compute())

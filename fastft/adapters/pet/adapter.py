@@ -1,5 +1,6 @@
 """The adapter: what the core asks for, each from the module that knows it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -10,16 +11,25 @@ from torch import Tensor
 
 from fastft.adapters.pet.baseline import fit_baseline
 from fastft.adapters.pet.batch import collate
-from fastft.adapters.pet.build import build_model, heads, unit_of
+from fastft.adapters.pet.build import build_model, trained_by_heads
 from fastft.adapters.pet.checkpoint import describe, save
 from fastft.adapters.pet.checks import atoms_checks
 from fastft.adapters.pet.data import Structures, open_structures, with_neighbours
+from fastft.adapters.pet.lora import low_rank_names, merge_updates
 from fastft.adapters.pet.loss import PetLoss
-from fastft.adapters.pet.options import AtomsOptions, PetOptions
+from fastft.adapters.pet.options import PetOptions
+from fastft.adapters.pet.presets import optim_presets
 from fastft.adapters.pet.scores import PetScores
-from fastft.config import DataSource
+from fastft.adapters.pet.targets import (
+    RunTargets,
+    atoms_options,
+    find_targets,
+    heads,
+    rename_to_energy,
+    unit_of,
+)
+from fastft.config import DataConfig, DataSource
 from fastft.errors import ConfigError
-from fastft.runfile import parse
 from fastft.task import (
     Criterion,
     DataCheck,
@@ -38,13 +48,23 @@ class PetAdapter:
 
     def __init__(self, options: PetOptions) -> None:
         self.options = options
-        self._new: tuple[str, ...] = ()
-        self._fits = False
+        self.targets = RunTargets((options.target,))
         # Of what `build` made.
-        self._cutoff, self._elements, self._unit, self._adaptive = 0.0, (), "", False
+        self._cutoff, self._elements, self._adaptive = 0.0, (), False
+        self._units: dict[str, str] = {}
+        self._fitted: tuple[str, ...] = ()
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
-        self.checks: Sequence[DataCheck] = atoms_checks(lambda: self._unit)
+        self.checks: Sequence[DataCheck] = atoms_checks(self._units)
+
+    @classmethod
+    def optim_presets(cls, options: PetOptions) -> Mapping[str, Any]:
+        """See `fastft.adapters.pet.presets`."""
+        return optim_presets()
+
+    def expect(self, data: DataConfig) -> None:
+        """The run's targets are those of its data sets."""
+        self.targets = find_targets(self.options, data)
 
     def build(
         self,
@@ -60,36 +80,45 @@ class PetAdapter:
                 "loss.terms: must be absent, since the pet adapter has a loss of its own; got some;"
                 " remove them, and see model.options.loss"
             )
-        options = self.options
-        model, self._new = build_model(options, checkpoint)
-        known = checkpoint is not None and not self._new
-        self._fits = options.fit == "always" or not known
+        options, targets = self.options, self.targets
+        built = build_model(options, targets, checkpoint)
+        model = built.model
+        self._fitted = targets.trained if options.fit == "always" else built.fresh
         self._cutoff, self._elements = model.cutoff, tuple(model.atomic_types)
-        self._unit = unit_of(model, options.target)
+        # The checks hold the dict.
+        self._units.clear()
+        self._units.update({name: unit_of(model, name) for name in targets.names})
         self._adaptive = model.num_neighbors_adaptive is not None
         model.to(device)
         return Task(
             model=model,
-            loss=PetLoss(options, (options.target,)),
-            heads=heads(options.target),
-            metrics={"errors": PetScores(self._unit)},
-            low_rank=[name for name, _ in model.named_parameters() if ".lora_" in name],
-            added=self._new,
+            loss=PetLoss(options, targets.names),
+            heads=trained_by_heads(model, options, targets.trained),
+            metrics={"errors": PetScores(self._units)},
+            low_rank=low_rank_names(model),
+            added=built.new,
             double_backward=options.forces or options.stress,
+            new_heads=heads(built.fresh),
+            notes=built.notes,
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
         """Of a checkpoint of upstream's, as `build` made its model; None for any other file."""
         if path.suffix != ".ckpt":
             return None
-        model, new = build_model(self.options, path)
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in new}
+        built = build_model(self.options, self.targets, path)
+        tensors = built.model.state_dict()
+        return {name: tensor for name, tensor in tensors.items() if name not in built.new}
 
     def dataset(self, source: DataSource, split: Split) -> Structures:
         """A file that ASE reads."""
-        options = parse(AtomsOptions, source.options, key=f"{source.path}: options")
+        options = atoms_options(source)
         data = open_structures(
-            source, options, forces=self.options.forces, stress=self.options.stress
+            source,
+            options,
+            target=self.targets.names.index(options.target or self.options.target),
+            forces=self.options.forces and "forces" not in options.lacks,
+            stress=self.options.stress and "stress" not in options.lacks,
         )
         if split == "train":
             self._training[source.name or str(source.path)] = data
@@ -106,7 +135,7 @@ class PetAdapter:
         """See `fastft.adapters.pet.batch`."""
         options = self.options
         return collate(
-            samples,
+            [{"target": sample["structure"]["target"], **sample} for sample in samples],
             dtype=getattr(torch, options.dtype),
             forces=options.forces,
             stress=options.stress,
@@ -114,15 +143,24 @@ class PetAdapter:
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:
-        """Fits composition energies and scale of a new target."""
-        if self._fits:
-            data = [self._training[source.name] for source in loader.sources]
-            samples = [sample for each in data for sample in each.samples]
-            fit_baseline(cast(PET, task.model), self.options.target, samples)
+        """Fits composition energies and scales of new targets, each to its own data sets."""
+        data = [self._training[source.name] for source in loader.sources]
+        for target in self._fitted:
+            index = self.targets.names.index(target)
+            samples = [sample for each in data if each.target == index for sample in each.samples]
+            fit_baseline(cast(PET, task.model), target, samples)
 
     def save(self, task: Task, path: Path) -> None:
         """A checkpoint for `mtt export`, `mtt eval` and `mtt train`."""
-        save(cast(PET, task.model), path)
+        model, options = cast(PET, task.model), self.options
+        merge = options.lora is not None and options.lora.merge
+        if merge or options.export_as_energy is not None:
+            model = copy.deepcopy(model)
+        if merge:
+            merge_updates(model)
+        if options.export_as_energy is not None:
+            rename_to_energy(model, options.export_as_energy)
+        save(model, path)
 
     def describe(self, path: Path) -> Description | None:
         """Targets, elements and sizes; None where the file is no checkpoint of upstream's."""

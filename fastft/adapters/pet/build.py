@@ -1,28 +1,50 @@
 """Making upstream's PET, from its options or from one of its checkpoints."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from metatrain.pet import PET
-from metatrain.pet.modules.finetuning import copy_head_weights
 from metatrain.utils.architectures import get_default_hypers
 from metatrain.utils.data import DatasetInfo
-from metatrain.utils.data.target_info import get_energy_target_info
 from torch import nn
 
 from fastft.adapters.pet.checkpoint import read_model
+from fastft.adapters.pet.lora import add_lora
 from fastft.adapters.pet.options import PetOptions
+from fastft.adapters.pet.targets import (
+    HEADS,
+    RunTargets,
+    describe_fit,
+    fit_targets,
+    make_infos,
+    settings_of,
+)
 from fastft.errors import AdapterError, ConfigError, nearest
 
-# Modules that hold a target's own weights, by target.
-_HEADS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+
+@dataclass(frozen=True)
+class Built:
+    """A model, and what of it is not the checkpoint's.
+
+    Attributes:
+        model: on the CPU.
+        new: names of the tensors that the checkpoint lacks.
+        fresh: the targets among those that are trained that it lacks; all without a checkpoint.
+        notes: for the load report.
+    """
+
+    model: PET
+    new: tuple[str, ...]
+    fresh: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def build_model(options: PetOptions, checkpoint: Path | None) -> tuple[PET, tuple[str, ...]]:
-    """The model on the CPU, and the names of those of its tensors that the checkpoint lacks.
+def build_model(options: PetOptions, targets: RunTargets, checkpoint: Path | None) -> Built:
+    """The model with the run's targets.
 
     Raises:
         ConfigError: options that do not go together, or not with the checkpoint.
@@ -31,45 +53,75 @@ def build_model(options: PetOptions, checkpoint: Path | None) -> tuple[PET, tupl
     """
     model = None if checkpoint is None else read_model(checkpoint)
     if model is None:
-        model, new = _from_options(options), ()
+        built = Built(_from_options(options, targets), (), targets.trained)
     else:
-        new = _fit_targets(model, options, cast(Path, checkpoint))
+        built = _from_checkpoint(model, options, targets, cast(Path, checkpoint))
+    model = built.model
     if unsupported := list(_unsupported(model.hypers)):
         raise AdapterError(
             f"model: must be a PET without {', '.join(unsupported)}, which fastft does not support;"
             " got one with it; train it with upstream"
         )
+    known = model.dataset_info.targets
+    if options.export_as_energy not in (None, *known):
+        raise ConfigError(
+            "model.options.export_as_energy: must be a target of the model; got"
+            f" '{options.export_as_energy}'{nearest(str(options.export_as_energy), known)}"
+        )
+    if options.lora is not None:
+        built = replace(built, new=(*built.new, *add_lora(model, options.lora, checkpoint)))
     model.to(getattr(torch, options.dtype))
     # As upstream trains: composition energies are large.
     model.additive_models.to(torch.float64)
     model.scaler.to(torch.float64)
-    return model, new
+    return built
 
 
-def heads(target: str) -> list[str]:
-    """Names of the modules that hold a target's own weights."""
-    return [f"backend.{kind}.{target}" for kind in _HEADS]
+def trained_by_heads(model: PET, options: PetOptions, targets: Sequence[str]) -> list[str]:
+    """The modules that `finetune.method = 'heads'` trains.
+
+    Raises:
+        ConfigError: a module that the model has not.
+    """
+    known = [name for name, _ in model.backend.named_modules() if name]
+    names, problems = [], []
+    for setting in ("head_modules", "last_layer_modules"):
+        for module in getattr(options, setting):
+            module = module.removeprefix("backend.")
+            if module not in known:
+                problems.append(
+                    f"model.options.{setting}: must be modules of PET; got '{module}'"
+                    f"{nearest(module, [*HEADS, *known])}"
+                )
+            own = targets if module in HEADS else [None]
+            names += [
+                f"backend.{module}.{target}" if target else f"backend.{module}" for target in own
+            ]
+    if problems:
+        raise ConfigError(problems)
+    return names
 
 
-def unit_of(model: PET, target: str) -> str:
-    """The unit of a target's energies."""
-    return model.dataset_info.targets[target].unit
-
-
-def _from_options(options: PetOptions) -> PET:
+def _from_options(options: PetOptions, targets: RunTargets) -> PET:
     """A model with random weights."""
     if not options.elements:
         raise ConfigError(
             "model.options.elements: must name the model's elements where there is no checkpoint of"
             " PET; got none; add them, such as ['H', 'C', 'O'], or set model.checkpoint"
         )
-    if options.inherit_heads is not None:
-        raise ConfigError(
-            "model.options.inherit_heads: must name a target of a checkpoint; there is none; remove"
-            " it, or set model.checkpoint"
-        )
     defaults: dict[str, Any] = get_default_hypers("pet")["model"]
     problems = [
+        f"{settings_of(options, target)[0]}.inherit_heads: must name a target of a checkpoint;"
+        " there is none; remove it, or set model.checkpoint"
+        for target in targets.names
+        if settings_of(options, target)[1].inherit_heads is not None
+    ]
+    problems += [
+        f"data: targets that are evaluated must be trained; got '{target}'"
+        f"{nearest(target, targets.trained)}"
+        for target in targets.evaluated
+    ]
+    problems += [
         f"model.options.elements: must be chemical symbols; got '{symbol}'"
         f"{nearest(symbol, atomic_numbers)}"
         for symbol in options.elements
@@ -83,7 +135,7 @@ def _from_options(options: PetOptions) -> PET:
     if problems:
         raise ConfigError(problems)
     numbers = [atomic_numbers[symbol] for symbol in options.elements]
-    info = _info(options, numbers, "angstrom")
+    info = DatasetInfo("angstrom", numbers, make_infos(options, targets.trained))
     try:
         model = PET(cast(Any, {**defaults, **options.hypers}), info)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
@@ -96,9 +148,11 @@ def _from_options(options: PetOptions) -> PET:
     return model
 
 
-def _fit_targets(model: PET, options: PetOptions, checkpoint: Path) -> tuple[str, ...]:
-    """Adds the target where the checkpoint has none, drops the others; the names of what is new."""
-    info, target = model.dataset_info, options.target
+def _from_checkpoint(
+    model: PET, options: PetOptions, targets: RunTargets, checkpoint: Path
+) -> Built:
+    """The checkpoint's model with the run's targets."""
+    info = model.dataset_info
     if problems := list(_contradictions(model, options)):
         raise ConfigError(problems)
     # None in some old files.
@@ -107,27 +161,10 @@ def _fit_targets(model: PET, options: PetOptions, checkpoint: Path) -> tuple[str
             f"{checkpoint}: must be a model of lengths in angstrom, as ASE gives them; got"
             f" '{info.length_unit}'; convert data and model with upstream"
         )
-    source = options.inherit_heads
-    if source is not None and (source not in info.targets or target in info.targets):
-        known = [name for name in info.targets if name != target]
-        raise ConfigError(
-            "model.options.inherit_heads: must name a target of the checkpoint, for a target that"
-            f" it has not; got '{source}' for '{target}'{nearest(source, known)}"
-        )
-    new: tuple[str, ...] = ()
-    if target in info.targets:
-        _check_known(model, options)
-    else:
-        before = set(model.state_dict())
-        model.restart(_info(options, info.atomic_types, info.length_unit))
-        new = tuple(name for name in model.state_dict() if name not in before)
-        if source is not None:
-            copy_head_weights(model, source, target)
-            new = tuple(name for name in new if name.endswith("_buffer"))
-    if not options.keep_targets:
-        for name in [name for name in model.dataset_info.targets if name != target]:
-            _drop(model, name)
-    return new
+    known = tuple(info.targets)
+    new = fit_targets(model, options, targets)
+    fresh = tuple(target for target in targets.trained if target not in known)
+    return Built(model, new, fresh, tuple(describe_fit(known, options, targets)))
 
 
 def _contradictions(model: PET, options: PetOptions) -> Iterator[str]:
@@ -145,45 +182,6 @@ def _contradictions(model: PET, options: PetOptions) -> Iterator[str]:
                 f"model.options.hypers: {name} must be the checkpoint's, {hypers.get(name)}; got"
                 f" {value}; remove it"
             )
-
-
-def _check_known(model: PET, options: PetOptions) -> None:
-    info = model.dataset_info.targets[options.target]
-    if info.quantity != "energy" or not info.is_scalar or info.sample_kind != "system":
-        raise ConfigError(
-            f"model.options.target: must be an energy; got '{options.target}', which is another"
-            " quantity in the checkpoint; name a variant of its own, such as 'energy/new'"
-        )
-    if options.unit is not None and options.unit != info.unit:
-        raise ConfigError(
-            f"model.options.unit: must be that of the checkpoint's '{options.target}',"
-            f" '{info.unit}'; got '{options.unit}'; convert the data, or name a new target"
-        )
-
-
-def _info(options: PetOptions, numbers: Sequence[int], length_unit: str) -> DatasetInfo:
-    target = {"unit": options.unit or "eV", "description": options.description}
-    try:
-        info = get_energy_target_info(
-            options.target, cast(Any, target), options.forces, options.stress
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"model.options.unit: must be an energy's unit that metatomic knows; got"
-            f" '{options.unit}' ({error}); correct it, such as to 'eV'"
-        ) from error
-    return DatasetInfo(length_unit, list(numbers), {options.target: info})
-
-
-def _drop(model: PET, target: str) -> None:
-    """Takes a target off, as upstream's fine-tuning does; it has no function for all of it."""
-    model.remove_output(target)
-    model.target_names.remove(target)
-    model.dataset_info.targets.pop(target, None)
-    parts: list[Any] = [*model.additive_models, model.scaler]
-    for part in parts:
-        if target in part.outputs:
-            part.remove_output(target)
 
 
 def _unsupported(hypers: Any) -> Iterator[str]:

@@ -4,7 +4,7 @@ All look at one pass over the samples, which `atoms_checks` shares between them.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class Seen:
 
     Attributes:
         where: data set and split.
+        target: whose energies these are, as the adapter counts its targets.
         indices: of the structures in the data set; all else here goes by the order of reading.
         species: of each structure.
         energies: NaN where there is none.
@@ -54,6 +55,7 @@ class Seen:
     """
 
     where: str
+    target: int = 0
     indices: list[int] = field(default_factory=list)
     species: list[np.ndarray] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)
@@ -72,6 +74,7 @@ class Seen:
         """Takes a sample in."""
         structure = sample["structure"]
         index = len(self.species)
+        self.target = structure["target"]
         self.indices.append(structure["index"])
         self.species.append(structure["species"])
         self.energies.append(float(sample.get("energy", np.nan)))
@@ -88,8 +91,12 @@ class Seen:
             self.strained.append(index)
 
 
-def atoms_checks(unit: Callable[[], str]) -> Sequence[DataCheck]:
-    """The checks; `unit` says that of the energies once the model is built."""
+def atoms_checks(units_of: Mapping[str, str]) -> Sequence[DataCheck]:
+    """The checks.
+
+    Args:
+        units_of: of energies, by target; filled when the model is built.
+    """
     # Data sets are read once for all checks: the core gives each the same object.
     kept: list[tuple[CheckData, list[Seen]]] = []
 
@@ -107,7 +114,7 @@ def atoms_checks(unit: Callable[[], str]) -> Sequence[DataCheck]:
         return run
 
     return (
-        named(energy_units, unit),
+        named(energy_units, units_of),
         named(length_units),
         named(energy_outliers),
         named(net_forces),
@@ -118,9 +125,10 @@ def atoms_checks(unit: Callable[[], str]) -> Sequence[DataCheck]:
     )
 
 
-def energy_units(seen: Seen, unit: Callable[[], str]) -> Iterator[Finding]:
-    """Energies below those of all electrons of the atoms: another unit than the model's."""
-    factor = _EV.get(unit().lower())
+def energy_units(seen: Seen, units_of: Mapping[str, str]) -> Iterator[Finding]:
+    """Energies below those of all electrons of the atoms: another unit than the target's."""
+    unit = list(units_of.values())[seen.target]
+    factor = _EV.get(unit.lower())
     if factor is None or not seen.species:
         return
     deepest = np.array(
@@ -132,14 +140,13 @@ def energy_units(seen: Seen, unit: Callable[[], str]) -> Iterator[Finding]:
     # Of total energies, it says by which factor the unit is wrong.
     likely = min(_EV, key=lambda name: abs(np.log(ratio / (factor / _EV[name]))))
     close = abs(np.log(ratio * _EV[likely] / factor)) < 0.1
-    guess = f", as of {likely}" if close and likely != unit().lower() else ""
+    guess = f", as of {likely}" if close and likely != unit.lower() else ""
     index = int(np.nanargmax(ratios))
     yield _finding(
         seen,
         "energy-units",
         "energy",
-        f"must be in {unit()}; got {ratio:.3g} times the energy of all electrons of the"
-        f" atoms{guess}",
+        f"must be in {unit}; got {ratio:.3g} times the energy of all electrons of the atoms{guess}",
         [index],
         f"{seen.name(index)}: {seen.energies[index]:.6g}",
         "set model.options.unit, or convert energies, forces and stress",

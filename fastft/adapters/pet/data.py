@@ -1,8 +1,8 @@
 """Structures from any file that ASE reads, with their neighbours.
 
 A sample holds `structure` (`species` [N], `positions` [N, 3] and `cell` [3, 3] in angstrom, `pbc`
-[3]), and those of its labels that there are: `energy`, `forces` [N, 3] and `stress` [3, 3], all of
-float64. `neighbours` is added in loader workers.
+[3], and the number of its `target`), and those of its labels that there are: `energy`, `forces`
+[N, 3] and `stress` [3, 3], all of float64. `neighbours` is added in loader workers.
 """
 
 import hashlib
@@ -30,9 +30,10 @@ _RESULTS = ("energy", "forces", "stress")
 
 @dataclass(frozen=True, eq=False)
 class Structures:
-    """A data set in memory, before neighbours are looked for."""
+    """A data set in memory, before neighbours are looked for; `target` counts the run's."""
 
     samples: Sequence[Sample]
+    target: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -43,11 +44,12 @@ class Structures:
 
 
 def open_structures(
-    source: DataSource, options: AtomsOptions, *, forces: bool, stress: bool
+    source: DataSource, options: AtomsOptions, *, target: int, forces: bool, stress: bool
 ) -> Structures:
     """Reads a file's structures and labels.
 
     Args:
+        target: whose labels they are.
         forces, stress: whether these labels are wanted.
 
     Raises:
@@ -77,7 +79,7 @@ def open_structures(
     problems = [
         f"{where}: {label}: must be in the file as '{name}'; got no structure that has it"
         f"{nearest(name, _known(frames))}; else set options.{label}"
-        + ("" if label == "energy" else f", or model.options.{label} = false")
+        + ("" if label == "energy" else f" or options.lacks, or model.options.{label} = false")
         for label, name in names.items()
         if frames and all(_value(frame, name) is None for frame in frames)
     ]
@@ -85,7 +87,8 @@ def open_structures(
         raise DataError(problems)
     samples, problems = [], []
     for index, frame in enumerate(frames):
-        sample = {"structure": _structure(index, frame), **_labels(frame, names, options)}
+        structure = {**_structure(index, frame), "target": target}
+        sample = {"structure": structure, **_labels(frame, names, options)}
         samples.append(sample)
         shapes = {"energy": (), "forces": (len(frame), 3), "stress": (3, 3)}
         problems += [
@@ -96,7 +99,7 @@ def open_structures(
         ]
     if problems:
         raise DataError(problems)
-    return Structures(samples)
+    return Structures(samples, target)
 
 
 def with_neighbours(

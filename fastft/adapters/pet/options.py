@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
+TARGET = r"^energy(/[\w-]+)?$"
 _WEIGHT = Field(ge=0, description="Weight of this part, an average over its values.")
 
 
@@ -29,32 +30,82 @@ class PetLossOptions:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class PetOptions:
-    """`[model.options]` of the pet adapter."""
+class LoraOptions:
+    """Upstream's low-rank updates, which add nothing at first: W x + alpha / rank B A x, B = 0."""
 
-    target: Annotated[
-        str,
+    rank: Annotated[int, Field(ge=1, description="Rank of the updates.")] = 4
+    alpha: Annotated[float, Field(gt=0, description="Their factor, times the rank.")] = 8.0
+    target_modules: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description="Last parts of the names of the linear modules updated."),
+    ] = ("input_linear", "output_linear")
+    merge: Annotated[
+        bool,
         Field(
-            pattern=r"^energy(/\w+)?$",
-            description="Energy to train: 'energy', or a variant of it such as 'energy/pbe0'. One"
-            " that the checkpoint does not have gets new heads.",
+            description="Fold them into the weights at the export. Else they stay, and `mtt train`"
+            " can go on with them."
         ),
-    ] = "energy"
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TargetOptions:
+    """One target."""
+
     inherit_heads: Annotated[
         str | None, Field(description="Target of the checkpoint whose heads a new one starts from.")
     ] = None
-    keep_targets: Annotated[
-        bool,
-        Field(
-            description="Keep the checkpoint's other targets, whose heads are not trained: for when"
-            " all else is frozen. Else they are dropped."
-        ),
-    ] = False
     unit: Annotated[
         str | None,
         Field(description="Unit of the energies; default: the checkpoint's, 'eV' of a new target."),
     ] = None
     description: Annotated[str, Field(description="Of a new target, for who reads the model.")] = ""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PetOptions(TargetOptions):
+    """`[model.options]` of the pet adapter."""
+
+    target: Annotated[
+        str,
+        Field(
+            pattern=TARGET,
+            description="Energy to train: 'energy', or a variant of it such as 'energy/pbe0'. One"
+            " that the checkpoint does not have gets new heads.",
+        ),
+    ] = "energy"
+    targets: Annotated[
+        dict[str, TargetOptions],
+        Field(
+            description="Of further targets, which data sets name, what inherit_heads, unit and"
+            " description are of `target`."
+        ),
+    ] = field(default_factory=dict)
+    keep_targets: Annotated[
+        bool,
+        Field(
+            description="Keep those of the checkpoint's targets that no data set holds; they are"
+            " not trained, so that all else should be frozen. Else they are dropped."
+        ),
+    ] = False
+    head_modules: Annotated[
+        tuple[str, ...],
+        Field(description="Modules that `finetune.method = 'heads'` trains, by upstream's names."),
+    ] = ("node_heads", "edge_heads")
+    last_layer_modules: Annotated[
+        tuple[str, ...], Field(description="More of them: the last layers.")
+    ] = ("node_last_layers", "edge_last_layers")
+    lora: Annotated[
+        LoraOptions | None,
+        Field(description="Upstream's low-rank updates, which `finetune.method = 'lora'` trains."),
+    ] = None
+    export_as_energy: Annotated[
+        str | None,
+        Field(
+            description="Target that exports hold under the name 'energy', by which simulation"
+            " engines look for it; another one of that name is left out of them."
+        ),
+    ] = None
     forces: Annotated[bool, Field(description="Train on forces.")] = True
     stress: Annotated[bool, Field(description="Train on stress, of periodic structures.")] = False
     hypers: Annotated[
@@ -87,6 +138,17 @@ class PetOptions:
 class AtomsOptions:
     """`options` of a data set: where its file, which ASE reads, has what."""
 
+    target: Annotated[
+        str | None,
+        Field(
+            pattern=TARGET,
+            description="The target whose labels these are; default: model.options.target.",
+        ),
+    ] = None
+    lacks: Annotated[
+        tuple[Literal["forces", "stress"], ...],
+        Field(description="Labels that these data do not have, though the model is trained on."),
+    ] = ()
     frames: Annotated[
         str, Field(description="Structures to take, as a slice: ':80', '80:', '::2'.")
     ] = ":"

@@ -142,9 +142,11 @@ def test_absent_labels_are_named(make_adapter: Any, rename: Any) -> None:
         f"{path}: energy: must be in the file as 'E_dtf'; got no structure that has it; did you"
         " mean 'E_dft'?; else set options.energy",
         f"{path}: forces: must be in the file as 'forces'; got no structure that has it; choose"
-        " from 'E_dft', 'F_dft'; else set options.forces, or model.options.forces = false",
+        " from 'E_dft', 'F_dft'; else set options.forces or options.lacks, or"
+        " model.options.forces = false",
         f"{path}: stress: must be in the file as 'stress'; got no structure that has it; choose"
-        " from 'E_dft', 'F_dft'; else set options.stress, or model.options.stress = false",
+        " from 'E_dft', 'F_dft'; else set options.stress or options.lacks, or"
+        " model.options.stress = false",
     )
 
 

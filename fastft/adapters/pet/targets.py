@@ -1,0 +1,232 @@
+"""Targets: the energies that a model has heads, composition energies and a scale for.
+
+A run's are those of its data sets: what is trained first, then what is only evaluated.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from metatrain.pet import PET
+from metatrain.pet.modules.finetuning import copy_head_weights
+from metatrain.utils.data import DatasetInfo
+from metatrain.utils.data.target_info import TargetInfo, get_energy_target_info
+
+from fastft.adapters.pet.options import AtomsOptions, PetOptions, TargetOptions
+from fastft.config import DataConfig, DataSource
+from fastft.errors import ConfigError, nearest
+from fastft.runfile import parse
+
+# Modules that hold a target's own weights, by target.
+HEADS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+_BUFFERS = ("scaler_buffer", "per_target_scaler_buffer", "per_property_scaler_buffer")
+ENERGY = "energy"
+
+
+@dataclass(frozen=True)
+class RunTargets:
+    """The targets of a run's data sets, as `batch["target"]` counts them.
+
+    Attributes:
+        trained: those of training data sets.
+        evaluated: further ones, of validation and test data.
+    """
+
+    trained: tuple[str, ...]
+    evaluated: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.trained, *self.evaluated)
+
+
+def atoms_options(source: DataSource) -> AtomsOptions:
+    """A data set's `options`."""
+    return parse(AtomsOptions, source.options, key=f"{source.path}: options")
+
+
+def find_targets(options: PetOptions, data: DataConfig) -> RunTargets:
+    """The targets that the run file's data sets name.
+
+    Raises:
+        ConfigError: options of targets that no data set names.
+    """
+    trained, evaluated = (
+        dict.fromkeys(atoms_options(source).target or options.target for source in sources)
+        for sources in (data.train, [*data.validation, *data.test])
+    )
+    more = tuple(name for name in evaluated if name not in trained)
+    found = RunTargets(tuple(trained), more)
+    problems = [
+        f"model.options.targets: must be named by data sets, and not be model.options.target; got"
+        f" '{name}'{nearest(name, found.names)}"
+        for name in options.targets
+        if name not in found.names or name == options.target
+    ]
+    own = TargetOptions(
+        inherit_heads=options.inherit_heads, unit=options.unit, description=options.description
+    )
+    if options.target not in found.names and own != TargetOptions():
+        problems.append(
+            "model.options.target: must be a data set's, where inherit_heads, unit or description"
+            f" are set; got '{options.target}'{nearest(options.target, found.names)}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def settings_of(options: PetOptions, target: str) -> tuple[str, TargetOptions]:
+    """Where in the run file a target's settings are, and they."""
+    if target == options.target:
+        return "model.options", options
+    return f"model.options.targets.{target}", options.targets.get(target, TargetOptions())
+
+
+def heads(targets: Sequence[str]) -> list[str]:
+    """Names of the modules that hold targets' own weights."""
+    return [f"backend.{kind}.{target}" for target in targets for kind in HEADS]
+
+
+def unit_of(model: PET, target: str) -> str:
+    """The unit of a target's energies."""
+    return model.dataset_info.targets[target].unit
+
+
+def make_infos(options: PetOptions, targets: Sequence[str]) -> dict[str, TargetInfo]:
+    """What upstream must know of new targets."""
+    infos = {}
+    for target in targets:
+        where, own = settings_of(options, target)
+        text = {"unit": own.unit or "eV", "description": own.description}
+        try:
+            infos[target] = get_energy_target_info(
+                target, cast(Any, text), options.forces, options.stress
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{where}.unit: must be an energy's unit that metatomic knows; got '{own.unit}'"
+                f" ({error}); correct it, such as to 'eV'"
+            ) from error
+    return infos
+
+
+def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[str, ...]:
+    """Adds the targets that the checkpoint lacks, and drops those that are not wanted.
+
+    Returns:
+        Names of the tensors that are not the checkpoint's.
+
+    Raises:
+        ConfigError: options that do not go with the checkpoint.
+    """
+    known = dict(model.dataset_info.targets)
+    if problems := list(_misfits(known, options, targets)):
+        raise ConfigError(problems)
+    fresh = [name for name in targets.trained if name not in known]
+    before = set(model.state_dict())
+    if fresh:
+        _add(model, make_infos(options, fresh))
+    new = [name for name in model.state_dict() if name not in before]
+    for target in fresh:
+        if (source := settings_of(options, target)[1].inherit_heads) is not None:
+            copy_head_weights(model, source, target)
+            new = [name for name in new if f".{target}." not in name]
+    if not options.keep_targets:
+        for name in [name for name in known if name not in targets.names]:
+            _drop(model, name)
+    return tuple(new)
+
+
+def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets) -> list[str]:
+    """What becomes of targets, for the load report.
+
+    Args:
+        known: the checkpoint's.
+    """
+    lines = []
+    for target in targets.trained:
+        if target not in known:
+            source = settings_of(options, target)[1].inherit_heads
+            start = f"that start as those of '{source}'" if source else "at random"
+            lines.append(f"new target '{target}': heads {start}")
+    rest = ", ".join(f"'{name}'" for name in known if name not in targets.trained)
+    kept = options.keep_targets or any(name in targets.evaluated for name in known)
+    if rest and kept:
+        lines.append(
+            f"targets kept, but not trained: {rest}; their heads fit as long as all else is frozen"
+        )
+    elif rest:
+        lines.append(
+            f"targets dropped, since no data set holds them: {rest}; model.options.keep_targets ="
+            " true keeps them"
+        )
+    return lines
+
+
+@torch.no_grad()
+def rename_to_energy(model: PET, target: str) -> None:
+    """Gives a target the name 'energy', in place of one that has it."""
+    if target == ENERGY:
+        return
+    if ENERGY in model.dataset_info.targets:
+        _drop(model, ENERGY)
+    _add(model, {ENERGY: model.dataset_info.targets[target]})
+    copy_head_weights(model, target, ENERGY)
+    for part, names in (
+        (model.additive_models[0], ["composition_buffer"]),
+        (model.scaler, _BUFFERS),
+    ):
+        for name in names:
+            part.get_buffer(f"{ENERGY}_{name}").copy_(part.get_buffer(f"{target}_{name}"))
+    _drop(model, target)
+
+
+def _misfits(
+    known: Mapping[str, TargetInfo], options: PetOptions, targets: RunTargets
+) -> Iterator[str]:
+    """Where targets and their options do not go with the checkpoint's."""
+    for target in targets.names:
+        where, own = settings_of(options, target)
+        info, source = known.get(target), own.inherit_heads
+        if source is not None and (source not in known or info is not None):
+            others = [name for name in known if name != target]
+            yield (
+                f"{where}.inherit_heads: must name a target of the checkpoint, for a target that it"
+                f" has not; got '{source}' for '{target}'{nearest(source, others)}"
+            )
+        if info is None:
+            if target in targets.evaluated:
+                yield (
+                    "data: targets that are evaluated must be trained, or be the checkpoint's; got"
+                    f" '{target}'{nearest(target, [*targets.trained, *known])}"
+                )
+            continue
+        if info.quantity != "energy" or not info.is_scalar or info.sample_kind != "system":
+            yield (
+                f"model.options.target: must be an energy; got '{target}', which is another"
+                " quantity in the checkpoint; name a variant of its own, such as 'energy/new'"
+            )
+        elif own.unit is not None and own.unit != info.unit:
+            yield (
+                f"{where}.unit: must be that of the checkpoint's '{target}', '{info.unit}'; got"
+                f" '{own.unit}'; convert the data, or name a new target"
+            )
+
+
+def _add(model: PET, infos: dict[str, TargetInfo]) -> None:
+    info = model.dataset_info
+    model.restart(DatasetInfo(info.length_unit, list(info.atomic_types), infos))
+
+
+def _drop(model: PET, target: str) -> None:
+    """Takes a target off, as upstream's fine-tuning does; it has no function for all of it."""
+    model.remove_output(target)
+    model.target_names.remove(target)
+    model.dataset_info.targets.pop(target, None)
+    parts: list[Any] = [*model.additive_models, model.scaler]
+    for part in parts:
+        if target in part.outputs:
+            part.remove_output(target)
