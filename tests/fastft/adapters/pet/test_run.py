@@ -11,8 +11,9 @@ import tomli_w
 import torch
 from upstream_pet import Upstream
 
-from fastft.adapters.pet.baseline import Baseline
+from fastft.adapters.pet.baseline import Baseline, fit_baseline
 from fastft.adapters.pet.checkpoint import read_model
+from fastft.config import DataSource
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "pet"
 
@@ -224,26 +225,47 @@ def test_ethanol(ethanol: Path, pet_run: str, fastft: Any) -> None:
     assert "forces_rmse_kcal_mol_per_angstrom" in said
 
 
-def test_the_example(pet_run: str, fastft: Any) -> None:
-    done(fastft, "train", pet_run)
-    done(fastft, "export", pet_run, "--to", "pretrained.ckpt")
-    Path("train.xyz").write_text(Path("atoms.xyz").read_text())
-    ase.io.write("validation.xyz", ase.io.read("atoms.xyz", "9:"), format="extxyz")
-    file = EXAMPLES / "finetune.toml"
+# Run file -> the targets of its export, and what the load report says of them.
+EXPORTS = {
+    "full": (["energy"], ""),
+    "heads": (["energy", "energy/pbe0"], "targets kept, but not trained: 'energy'"),
+    "lora": (["energy/pbe0"], "new target 'energy/pbe0': heads that start as those of 'energy'"),
+    "multi-fidelity": (["energy", "energy/pbe0"], "new target 'energy/pbe0'"),
+    "new-variant": (["energy/pbe0"], "targets dropped, since no data set holds them: 'energy'"),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {file.stem for file in EXAMPLES.glob("*.toml")} == set(EXPORTS)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_example(name: str, structures: Any, make_adapter: Any, build: Any, fastft: Any) -> None:
+    for file, part in (("train", slice(9)), ("validation", slice(9, None))):
+        ase.io.write(f"{file}.xyz", structures[part], format="extxyz")
+        for atoms in structures[part]:
+            atoms.calc.results["energy"] += 7.0 * len(atoms)
+        old = "old-validation" if file == "validation" else "old"
+        ase.io.write(f"{old}.xyz", structures[part], format="extxyz")
+    adapter = make_adapter(stress=True)
+    task = build(adapter)
+    data = adapter.dataset(DataSource(path=Path("old.xyz")), "train")
+    fit_baseline(task.model, "energy", data.samples)
+    adapter.save(task, Path("pretrained.ckpt"))
+    file = EXAMPLES / f"{name}.toml"
     assert len(file.read_text().splitlines()) <= 40
     smaller = (
-        *("run.folder=example", "run.device=cpu", "run.steps=3", "optim.schedule.warmup_steps=1"),
-        *(
-            "data.workers=0",
-            "data.batch_size=4",
-            "evaluate.every_steps=3",
-            "checkpoint.every_steps=3",
-        ),
-        # Most of the structures have no stress; the held-out ones are in both files.
-        "data.checks.ignore=['missing', 'leakage']",
+        *("run.folder=run", "run.device=cpu", "run.steps=3", "optim.schedule.warmup_steps=1"),
+        *("data.workers=0", "data.batch_size=4", "checkpoint.every_steps=3"),
+        # Most of the structures have no stress.
+        "data.checks.ignore=['missing']",
     )
-    done(fastft, "train", str(file), *smaller)
+    said = done(fastft, "train", str(file), *smaller)
+    targets, note = EXPORTS[name]
+    assert note in " ".join(said.replace("\u2502", " ").split())
     done(fastft, "export", str(file), "--to", "tuned.ckpt", *smaller)
     model = read_model(Path("tuned.ckpt"))
     assert model is not None
-    assert list(model.dataset_info.targets) == ["energy/pbe0"]
+    assert list(model.dataset_info.targets) == targets
+    assert not any("lora_" in tensor for tensor in model.state_dict())
