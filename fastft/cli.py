@@ -1,4 +1,4 @@
-"""The command line: `fastft train | plan | evaluate | check | stats | show | export | schema`."""
+"""The command line: `fastft train | plan | evaluate | check | stats | show | export | ...`."""
 
 import argparse
 import importlib
@@ -121,6 +121,18 @@ def _parser() -> argparse.ArgumentParser:
         help="describe it as its adapter does",
     )
     command.set_defaults(run=_show)
+    command = commands.add_parser(
+        "convert", help="write the run file of another trainer's options file"
+    )
+    command.add_argument("options_file", type=Path, metavar="OPTIONS")
+    command.add_argument("--to", type=Path, required=True, metavar="RUN.toml", help="file to write")
+    command.add_argument(
+        "--adapter",
+        default="pet",
+        metavar="NAME",
+        help="whose options these are (default: pet, the options.yaml of `mtt train`)",
+    )
+    command.set_defaults(run=_convert)
     command = commands.add_parser("schema", help="print the JSON Schema of a run file")
     command.set_defaults(run=_schema)
     return parser
@@ -225,6 +237,15 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     for row in description.rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def _convert(options: argparse.Namespace, console: Console) -> None:
+    registry = importlib.import_module("fastft.adapters.registry")
+    text, notes = registry.convert_options(options.adapter, options.options_file)
+    write = importlib.import_module("fastft.atomic").write_file_atomically
+    write(options.to, lambda path: path.write_text(text))
+    lines = [*notes, f"{options.options_file} -> {options.to}"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _schema(options: argparse.Namespace, console: Console) -> None:

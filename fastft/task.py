@@ -305,6 +305,19 @@ class Description:
     rows: Sequence[tuple[str, str]]
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Another program's options as a run file, which an adapter's class method `convert` makes.
+
+    Attributes:
+        run: the run file as a tree of tables, arrays and values.
+        notes: what has no counterpart in it, or does something else.
+    """
+
+    run: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+
 class Adapter(Protocol):
     """A model family. Made with its parsed options: `adapter = Adapter(options)`.
 

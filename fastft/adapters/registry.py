@@ -2,9 +2,12 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
-from fastft.config import DataSource, ModelConfig
+import tomli_w
+
+from fastft.config import DataSource, ModelConfig, RunConfig
 from fastft.errors import AdapterError, ConfigError, nearest
 from fastft.runfile import parse
 from fastft.task import Adapter
@@ -50,6 +53,31 @@ def compute_statistics(config: ModelConfig, sources: Sequence[DataSource], most:
     return compute(parse(make.Options, config.options, key="model.options"), sources, most)
 
 
+def convert_options(name: str, path: Path) -> tuple[str, Sequence[str]]:
+    """The run file of an options file of a model family's own trainer, and what it says of it.
+
+    Args:
+        name: the adapter's.
+
+    Raises:
+        AdapterError: unknown adapter, or one that converts none.
+        ConfigError: the file cannot be converted.
+    """
+    make = _load(name, key="--adapter")
+    convert = getattr(make, "convert", None)
+    if convert is None:
+        raise AdapterError(
+            f"--adapter: must convert options files; '{name}' does not; use one that does, such as"
+            " 'pet'"
+        )
+    made = convert(path)
+    config = parse(RunConfig, made.run, where=str(path))
+    parse(make.Options, config.model.options, where=str(path), key="model.options")
+    lines = [f"Converted from {path}.", *made.notes]
+    head = "".join(f"# {line}\n" for line in lines)
+    return f"{head}\n{tomli_w.dumps(made.run)}", made.notes
+
+
 def optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The part of `[optim]` that a preset stands for.
 
@@ -73,11 +101,9 @@ def optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return known[name]
 
 
-def _load(name: str) -> Any:
+def _load(name: str, key: str = "model.adapter") -> Any:
     if name not in ADAPTERS:
-        raise AdapterError(
-            f"model.adapter: must be a known adapter; got '{name}'{nearest(name, ADAPTERS)}"
-        )
+        raise AdapterError(f"{key}: must be a known adapter; got '{name}'{nearest(name, ADAPTERS)}")
     module, attribute, extra = ADAPTERS[name]
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -85,5 +111,5 @@ def _load(name: str) -> Any:
         if extra is None or (error.name or "").startswith("fastft"):
             raise
         raise AdapterError(
-            f"model.adapter: '{name}' needs the package {error.name}; install fastft[{extra}]"
+            f"{key}: '{name}' needs the package {error.name}; install fastft[{extra}]"
         ) from None

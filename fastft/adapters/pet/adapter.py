@@ -31,6 +31,7 @@ from fastft.adapters.pet.targets import (
 from fastft.config import DataConfig, DataSource
 from fastft.errors import ConfigError
 from fastft.task import (
+    Conversion,
     Criterion,
     DataCheck,
     Description,
@@ -61,6 +62,14 @@ class PetAdapter:
     def optim_presets(cls, options: PetOptions) -> Mapping[str, Any]:
         """See `fastft.adapters.pet.presets`."""
         return optim_presets()
+
+    @classmethod
+    def convert(cls, path: Path) -> Conversion:
+        """See `fastft.adapters.pet.convert`."""
+        # Upstream's reader of options is slow to import, and nothing else needs it.
+        from fastft.adapters.pet.convert import convert
+
+        return convert(path)
 
     def expect(self, data: DataConfig) -> None:
         """The run's targets are those of its data sets."""

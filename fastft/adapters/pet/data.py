@@ -81,7 +81,7 @@ def open_structures(
         f"{nearest(name, _known(frames))}; else set options.{label}"
         + ("" if label == "energy" else f" or options.lacks, or model.options.{label} = false")
         for label, name in names.items()
-        if frames and all(_value(frame, name) is None for frame in frames)
+        if frames and all(label_of(frame, name) is None for frame in frames)
     ]
     if problems:
         raise DataError(problems)
@@ -159,7 +159,7 @@ def _labels(
 ) -> dict[str, np.ndarray]:
     labels = {}
     for label, name in names.items():
-        value = _value(frame, name)
+        value = label_of(frame, name)
         if value is None:
             continue
         array = np.asarray(value, np.float64)
@@ -181,7 +181,8 @@ def _tensor(array: np.ndarray) -> np.ndarray:
     return array.reshape(3, 3) if array.shape == (9,) else array
 
 
-def _value(frame: ase.Atoms, name: str) -> Any:
+def label_of(frame: ase.Atoms, name: str) -> Any:
+    """What a structure has by this name; None where it has nothing."""
     results = getattr(frame.calc, "results", {})
     for place in (results if name in _RESULTS else {}, frame.info, frame.arrays):
         if name in place:

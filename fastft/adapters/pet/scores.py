@@ -50,20 +50,27 @@ class PetScores:
         sums = {name: each.tolist() for name, each in self._sums.items()}
         values = {}
         for index, (target, unit) in enumerate(self._units.items()):
-            ev = unit.lower() == "ev"
-            factor = 1e3 if ev else 1.0
-            plain = "mev" if ev else re.sub(r"\W+", "_", unit.lower()).strip("_")
+            factor = 1e3 if unit.lower() == "ev" else 1.0
             for name, each in sums.items():
                 absolute, square, count = each[index]
                 if count:
-                    start, end = _external(name, target), f"{plain}_per_{_PER[name]}"
-                    values[f"{start}_mae_{end}"] = factor * absolute / count
-                    values[f"{start}_rmse_{end}"] = factor * (square / count) ** 0.5
+                    mae, rmse = (score_name(name, target, unit, e) for e in ("mae", "rmse"))
+                    values[mae] = factor * absolute / count
+                    values[rmse] = factor * (square / count) ** 0.5
         return values
 
     def reset(self) -> None:
         """Forgets all batches."""
         self._sums = {}
+
+
+def score_name(name: str, target: str, unit: str, error: str) -> str:
+    """What a score is called, as upstream's tables have it: 'forces[energy/pbe0]_mae_...'."""
+    start = name if target == ENERGY else f"{name}[{target}]"
+    if name == "energy":
+        start = target
+    plain = "mev" if unit.lower() == "ev" else re.sub(r"\W+", "_", unit.lower()).strip("_")
+    return f"{start}_{error}_{plain}_per_{_PER[name]}"
 
 
 def _errors(
@@ -82,10 +89,3 @@ def _errors(
                 volume = torch.linalg.det(batch["cells"].double()).abs()
                 yield "virial", error * (volume / atoms)[:, None, None], target
                 yield name, error, target
-
-
-def _external(name: str, target: str) -> str:
-    """What upstream's tables call it; they have no stress."""
-    if name == "energy":
-        return target
-    return name if target == ENERGY else f"{name}[{target}]"
