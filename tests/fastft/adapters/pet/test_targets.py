@@ -1,0 +1,259 @@
+"""Several targets, low-rank updates, and under which names exports hold what."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import ase.units
+import pytest
+import torch
+from metatomic_ase import MetatomicCalculator
+from metatrain.pet.modules.finetuning import LoRALinear
+from upstream_pet import Upstream
+
+from fastft.adapters.pet.baseline import Baseline, fit_baseline
+from fastft.adapters.pet.checkpoint import read_model
+from fastft.config import DataConfig, DataSource, FinetuneConfig
+from fastft.errors import ConfigError
+from fastft.finetune import apply_method
+from fastft.task import Batch
+
+NEW = "energy/new"
+KINDS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+
+
+@pytest.fixture
+def checkpoint(make_adapter: Any, build: Any, atoms_file: Path, tmp_path: Path) -> Path:
+    """Of the target 'energy', in float64."""
+    adapter = make_adapter(dtype="float64")
+    task = build(adapter)
+    fit_baseline(
+        task.model, "energy", adapter.dataset(DataSource(path=atoms_file), "train").samples
+    )
+    adapter.save(task, tmp_path / "old.ckpt")
+    return tmp_path / "old.ckpt"
+
+
+@pytest.fixture
+def tuned(make_adapter: Any, build: Any, checkpoint: Path, atoms_file: Path) -> Callable[..., Any]:
+    """An adapter over the checkpoint and its task, for data sets of these targets."""
+
+    def make(*targets: str, evaluated: str | None = None, **options: Any) -> tuple[Any, Any]:
+        adapter = make_adapter(elements=[], dtype="float64", **options)
+        adapter.expect(data_of(atoms_file, targets, [evaluated] if evaluated else []))
+        return adapter, build(adapter, checkpoint)
+
+    return make
+
+
+def data_of(file: Path, targets: Any, evaluated: Any = ()) -> DataConfig:
+    train, validation = (
+        [DataSource(path=file, name=name, options={"target": name}) for name in names]
+        for names in (targets, evaluated)
+    )
+    return DataConfig(train=tuple(train), validation=tuple(validation))
+
+
+def predict(adapter: Any, task: Any, file: Path, target: str) -> torch.Tensor:
+    data = adapter.dataset(DataSource(path=file, options={"target": target}), "validation")
+    samples = [adapter.transform(data[i], "validation") for i in range(len(data))]
+    task.model.eval()
+    with torch.no_grad():
+        loss = task.loss(task.model, Batch(adapter.collate(samples), len(samples)))
+    return torch.cat([loss.predictions["energy"], loss.predictions["forces"].flatten()])
+
+
+def randomise(model: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B.weight)
+
+
+def test_targets_are_those_of_the_data_sets(tuned: Any) -> None:
+    adapter, task = tuned(NEW, "energy", evaluated="energy", target=NEW)
+    assert adapter.targets.names == (NEW, "energy")
+    assert set(task.new_heads) == {f"backend.{kind}.{NEW}" for kind in KINDS}
+    assert set(task.heads) == {f"backend.{k}.{t}" for k in KINDS for t in (NEW, "energy")}
+    assert list(task.notes) == [f"new target '{NEW}': heads at random"]
+
+
+def test_targets_that_are_only_evaluated_are_kept(tuned: Any) -> None:
+    adapter, task = tuned(NEW, evaluated="energy", target=NEW)
+    assert adapter.targets.names == (NEW, "energy")
+    assert list(task.model.dataset_info.targets) == ["energy", NEW]
+    assert task.notes[-1].startswith("targets kept, but not trained: 'energy'")
+    assert set(task.heads) == {f"backend.{kind}.{NEW}" for kind in KINDS}
+    _, task = tuned(NEW, target=NEW)
+    assert list(task.model.dataset_info.targets) == [NEW]
+    assert task.notes[-1].startswith("targets dropped, since no data set holds them: 'energy'")
+
+
+def test_each_target_is_fitted_to_its_own_data(
+    tuned: Any, checkpoint: Path, structures: list[ase.Atoms], tmp_path: Path
+) -> None:
+    adapter, task = tuned("energy", NEW)
+    for atoms in structures[3:]:
+        atoms.calc.results["energy"] = 2 * atoms.get_potential_energy()  # type: ignore[union-attr]
+    ase.io.write(tmp_path / "new.xyz", structures[3:], format="extxyz")
+    source = DataSource(path=tmp_path / "new.xyz", name="new", options={"target": NEW})
+    adapter.dataset(source, "train")
+    adapter.dataset(DataSource(path=tmp_path / "atoms.xyz", name="old"), "train")
+    loader = type(
+        "Loader", (), {"sources": [DataSource(path=tmp_path, name=n) for n in ("old", "new")]}
+    )
+    adapter.prepare(task, loader)
+    old = read_model(checkpoint)
+    assert old is not None
+    for one, other in zip(Baseline("energy")(task.model), Baseline("energy")(old), strict=True):
+        assert torch.equal(one, other)
+    upstream = Upstream(tuned(NEW, target=NEW)[1].model, tmp_path / "new.xyz", NEW, stress=False)
+    upstream.fit()
+    for ours, theirs in zip(Baseline(NEW)(task.model), Baseline(NEW)(upstream.model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-8)
+
+
+def test_low_rank_updates_start_as_the_checkpoint(tuned: Any, atoms_file: Path) -> None:
+    plain, updated = tuned("energy"), tuned("energy", lora={"rank": 2})
+    ours, theirs = (predict(*each, atoms_file, "energy") for each in (plain, updated))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    # By upstream's names.
+    assert "backend.gnn_layers.0.trans.layers.0.attention.input_linear.lora_A.weight" in (
+        updated[1].low_rank
+    )
+    assert set(updated[1].low_rank) <= set(updated[1].added)
+
+
+@pytest.mark.parametrize("lora", [{}, None], ids=["upstream's", "fastft's"])
+@pytest.mark.parametrize("inherit", ["energy", None])
+def test_new_heads_are_trained_with_updates(tuned: Any, lora: Any, inherit: Any) -> None:
+    options = {"lora": lora} if lora is not None else {}
+    _, task = tuned(NEW, target=NEW, inherit_heads=inherit, **options)
+    apply_method(task, FinetuneConfig(method="lora"))
+    trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    heads = {name for name in trained if f".{NEW}." in name and ".lora_" not in name}
+    assert heads == {name for name, _ in task.model.named_parameters() if f".{NEW}." in name}
+    assert trained > heads
+    assert all(".lora_" in name for name in trained - heads)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_updates_are_merged_at_the_export(
+    tuned: Any, make_adapter: Any, build: Any, atoms_file: Path, tmp_path: Path, merge: bool
+) -> None:
+    adapter, task = tuned("energy", lora={"rank": 2, "merge": merge})
+    randomise(task.model)
+    predicted = predict(adapter, task, atoms_file, "energy")
+    adapter.save(task, tmp_path / "new.ckpt")
+    assert any(".lora_" in name for name in task.model.state_dict())
+    model = read_model(tmp_path / "new.ckpt")
+    assert model is not None
+    assert any(".lora_" in name for name in model.state_dict()) != merge
+    again = make_adapter(elements=[], dtype="float64")
+    found = predict(again, build(again, tmp_path / "new.ckpt"), atoms_file, "energy")
+    torch.testing.assert_close(found, predicted, rtol=1e-10, atol=1e-10)
+    if not merge:
+        other = make_adapter(elements=[], dtype="float64", lora={"rank": 3})
+        with pytest.raises(ConfigError, match=r"model\.options\.lora: must be the checkpoint's, "):
+            build(other, tmp_path / "new.ckpt")
+
+
+def test_a_variant_is_exported_as_energy(
+    tuned: Any,
+    make_adapter: Any,
+    build: Any,
+    atoms_file: Path,
+    structures: list[ase.Atoms],
+    tmp_path: Path,
+) -> None:
+    adapter, task = tuned(NEW, "energy", target=NEW, unit="Hartree", export_as_energy=NEW)
+    samples = adapter.dataset(DataSource(path=atoms_file), "train").samples
+    fit_baseline(task.model, NEW, [{**s, "energy": 3 * s["energy"]} for s in samples])
+    predicted = predict(adapter, task, atoms_file, NEW)
+    adapter.save(task, tmp_path / "new.ckpt")
+    assert set(task.model.dataset_info.targets) == {"energy", NEW}
+    model = read_model(tmp_path / "new.ckpt")
+    assert model is not None
+    assert list(model.dataset_info.targets) == ["energy"]
+    assert model.dataset_info.targets["energy"].unit == "Hartree"
+    assert not any(NEW in name for name in model.state_dict())
+    again = make_adapter(elements=[], dtype="float64")
+    found = predict(again, build(again, tmp_path / "new.ckpt"), atoms_file, "energy")
+    assert torch.equal(found, predicted)
+    # What engines find that ask for no variant.
+    model.export().save(str(tmp_path / "new.pt"))
+    atoms = structures[9].copy()
+    atoms.calc = MetatomicCalculator(str(tmp_path / "new.pt"))
+    energy = predicted[9].item() * ase.units.Hartree
+    assert atoms.get_potential_energy() == pytest.approx(energy, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ([NEW], {}, None),
+        (
+            ["energy"],
+            {"inherit_heads": "energy"},
+            "model.options.inherit_heads: must name a target",
+        ),
+        (
+            ["energy", NEW],
+            {"targets": {NEW: {"inherit_heads": "energi"}}},
+            f"model.options.targets.{NEW}.inherit_heads: must name a target of the checkpoint, for"
+            f" a target that it has not; got 'energi' for '{NEW}'; did you mean 'energy'?",
+        ),
+        (
+            ["energy"],
+            {"targets": {"energy/nwe": {}}},
+            "model.options.targets: must be named by data sets, and not be model.options.target;"
+            " got 'energy/nwe'; did you mean 'energy'?",
+        ),
+        ([NEW], {"unit": "eV"}, "model.options.target: must be a data set's, where inherit_heads"),
+        (["energy"], {"unit": "Hartree"}, "model.options.unit: must be that of the checkpoint's"),
+        (
+            [NEW],
+            {"target": NEW, "unit": "furlong"},
+            "model.options.unit: must be an energy's unit that metatomic knows; got 'furlong'",
+        ),
+        (
+            ["energy"],
+            {"export_as_energy": "energy/x"},
+            "model.options.export_as_energy: must be a target of the model; got 'energy/x'",
+        ),
+        (
+            ["energy"],
+            {"head_modules": ["node_head"]},
+            "model.options.head_modules: must be modules of PET; got 'node_head'; did you mean"
+            " 'node_heads'?",
+        ),
+        (
+            ["energy"],
+            {"lora": {"target_modules": ["input_line"]}},
+            "model.options.lora.target_modules: must be last parts of names of linear modules; got"
+            " 'input_line'; did you mean 'input_linear'?",
+        ),
+    ],
+)
+def test_bad_targets(tuned: Any, targets: Any, options: Any, message: str | None) -> None:
+    if message is None:
+        tuned(*targets, **options)
+        return
+    with pytest.raises(ConfigError) as error:
+        tuned(*targets, **options)
+    assert error.value.problems[0].startswith(message)
+
+
+def test_a_target_that_is_evaluated_must_be_there(tuned: Any) -> None:
+    with pytest.raises(ConfigError, match="data: targets that are evaluated must be trained, or"):
+        tuned("energy", evaluated="energy/other")
+
+
+def test_heads_by_upstreams_names(tuned: Any) -> None:
+    options = {"head_modules": [], "last_layer_modules": ["backend.node_last_layers"]}
+    _, task = tuned("energy", **options)
+    assert task.heads == ["backend.node_last_layers.energy"]
+    _, task = tuned("energy", head_modules=["gnn_layers.1"], last_layer_modules=[])
+    assert task.heads == ["backend.gnn_layers.1"]
