@@ -9,7 +9,7 @@ import torch
 from metatrain.pet import PET
 from torch import Tensor
 
-from fastft.adapters.pet.baseline import fit_baseline
+from fastft.adapters.pet.baseline import composition, fit_baseline
 from fastft.adapters.pet.batch import collate
 from fastft.adapters.pet.build import build_model, trained_by_heads
 from fastft.adapters.pet.checkpoint import describe, save
@@ -28,6 +28,7 @@ from fastft.adapters.pet.targets import (
     rename_to_energy,
     unit_of,
 )
+from fastft.adapters.pet.unit_checks import Reference
 from fastft.config import DataConfig, DataSource
 from fastft.errors import ConfigError
 from fastft.task import (
@@ -56,7 +57,8 @@ class PetAdapter:
         self._fitted: tuple[str, ...] = ()
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
-        self.checks: Sequence[DataCheck] = atoms_checks(self._units)
+        self._model: PET | None = None
+        self.checks: Sequence[DataCheck] = atoms_checks(self._units, self._reference)
 
     @classmethod
     def optim_presets(cls, options: PetOptions) -> Mapping[str, Any]:
@@ -97,6 +99,7 @@ class PetAdapter:
         # The checks hold the dict.
         self._units.clear()
         self._units.update({name: unit_of(model, name) for name in targets.names})
+        self._model = model
         self._adaptive = model.num_neighbors_adaptive is not None
         model.to(device)
         return Task(
@@ -158,6 +161,13 @@ class PetAdapter:
             index = self.targets.names.index(target)
             samples = [sample for each in data if each.target == index for sample in each.samples]
             fit_baseline(cast(PET, task.model), target, samples)
+
+    def _reference(self, target: int) -> Reference | None:
+        """Of a target that keeps its composition energies and scale."""
+        name = self.targets.names[target]
+        if self._model is None or name in self._fitted:
+            return None
+        return Reference(*composition(self._model, name))
 
     def save(self, task: Task, path: Path) -> None:
         """A checkpoint for `mtt export`, `mtt eval` and `mtt train`."""

@@ -55,6 +55,14 @@ class Baseline:
         return self._values
 
 
+def composition(model: PET, target: str) -> tuple[dict[int, float], float]:
+    """A target's composition energies by atomic number, and its scale."""
+    weights, scale = Baseline(target)(model)
+    numbers = torch.tensor(model.atomic_types, device=weights.device)
+    energies = weights[type_index(model, numbers)].tolist()
+    return dict(zip(model.atomic_types, energies, strict=True)), scale.item()
+
+
 def type_index(model: PET, species: Tensor) -> Tensor:
     """Number of each atom's type among the model's, `[N]`."""
     return cast(Tensor, cast(Any, model.additive_models[0]).model.type_to_index)[species]

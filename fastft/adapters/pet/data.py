@@ -234,6 +234,7 @@ def _turned(sample: Sample, turn: np.ndarray) -> Sample:
             **structure,
             "positions": structure["positions"] @ turn.T,
             "cell": structure["cell"] @ turn.T,
+            "turn": turn,
         },
     }
     if "forces" in sample:

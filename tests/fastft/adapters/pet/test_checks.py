@@ -1,5 +1,6 @@
 """Data checks: silent on good structures, and precise about bad ones."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from fastft.adapters.pet.baseline import fit_baseline
 from fastft.config import ChecksConfig, DataSource
 from fastft.data.checks import run_checks
 from fastft.data.sources import open_source
@@ -147,6 +149,74 @@ def test_bad_structures(
     assert (finding.check, finding.severity) == (check, severity)
     assert finding.where.startswith("data (train): ")
     assert finding.example.startswith(example)
+
+
+def moved(frames: list[ase.Atoms], factor: float = 1.0, sign: float = 1.0) -> list[ase.Atoms]:
+    """A molecule in a harmonic well, moved at random by little; `factor` is of its energies."""
+    random = np.random.default_rng(1)
+    made = []
+    for _ in range(20):
+        atoms = frames[0].copy()
+        move = random.normal(scale=0.02, size=(len(atoms), 3))
+        atoms.positions += move
+        energy = -76 * 27.2 + 20 * (move**2).sum()
+        label(atoms, factor * energy, -sign * 40 * move)
+        made.append(atoms)
+    return made
+
+
+def test_some_energies_of_another_unit(find: Any) -> None:
+    frames = molecules()
+    for atoms in frames[4:8]:
+        label(atoms, atoms.get_potential_energy() / 27.2114, atoms.get_forces())
+    found = {finding.check: finding for finding in find(frames)}
+    finding = found["mixed-units"]
+    assert finding.count == 4
+    assert "energies are 0.03675 times those of others" in finding.what
+    assert "hartree and ev" in finding.what
+    assert finding.example.startswith("structure 4: ")
+
+
+@pytest.mark.parametrize(
+    ("factor", "sign", "said"),
+    [
+        (1.0, 1.0, None),
+        (1.0, -1.0, "have the other sign"),
+        (23.06, 1.0, "are 0.04337 times as large, as of kcal/mol and ev"),
+        (1 / 27.2114, 1.0, "are 27.21 times as large, as of hartree and ev"),
+        (51.42, 1.0, "are 0.01945 times as large, as of"),
+    ],
+)
+def test_forces_that_do_not_go_with_energies(
+    find: Any, factor: float, sign: float, said: str | None
+) -> None:
+    names = {23.06: "kcal/mol", 1 / 27.2114: "Hartree"}
+    found = find(moved(molecules(), factor, sign), unit=names.get(factor, "eV"))
+    found = [finding for finding in found if finding.check == "forces-and-energies"]
+    assert [said in finding.what for finding in found] == ([True] if said else [])
+
+
+def test_reference_energies_that_moved(make_adapter: Any, build: Any, tmp_path: Path) -> None:
+    frames = molecules()
+    ase.io.write(tmp_path / "old.xyz", frames, format="extxyz")
+    for atoms in frames:
+        label(atoms, atoms.get_potential_energy() + 5.0 * len(atoms), atoms.get_forces())
+    ase.io.write(tmp_path / "new.xyz", frames, format="extxyz")
+    adapter = make_adapter()
+    task = build(adapter)
+    old = open_source(adapter, DataSource(path=tmp_path / "old.xyz", name="old"), "train")
+    fit_baseline(task.model, "energy", old.raw.samples)  # type: ignore[attr-defined]
+    adapter.save(task, tmp_path / "old.ckpt")
+    for fit, name, count in (("new", "new", 1), ("new", "old", 0), ("always", "new", 0)):
+        adapter = make_adapter(elements=[], fit=fit)
+        task = build(adapter, tmp_path / "old.ckpt")
+        source = open_source(adapter, DataSource(path=tmp_path / f"{name}.xyz"), "train")
+        found = run_checks([source], adapter.checks, task.fields, ChecksConfig())
+        found = [finding for finding in found if finding.check == "reference-energies"]
+        assert len(found) == count
+        for finding in found:
+            (shift,) = re.findall(r"got ([\d.]+) per atom from them", finding.what)
+            assert float(shift) == pytest.approx(5, abs=0.1)
 
 
 def test_stress_of_a_molecule(find: Any) -> None:
