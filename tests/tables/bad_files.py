@@ -255,6 +255,22 @@ WHERE = [
 
 OTHER_COMMANDS = [
     case(
+        "no options to convert",
+        "convert absent.yaml --to new.toml",
+        "absent.yaml: must be an options file of metatrain, in YAML; got FileNotFoundError: ...;"
+        " check the path",
+    ),
+    case(
+        "an adapter that converts nothing",
+        "convert options.yaml --to new.toml --adapter timm",
+        "--adapter: must convert options files; 'timm' does not; use one that does, such as 'pet'",
+    ),
+    case(
+        "an unknown adapter's options",
+        "convert options.yaml --to new.toml --adapter pett",
+        "--adapter: must be a known adapter; got 'pett'; did you mean 'pet'?",
+    ),
+    case(
         "nothing to evaluate on",
         "evaluate run.toml data.validation=[]",
         "data.validation: must name a data set to evaluate on; got none; add [[data.validation]]",

@@ -116,14 +116,15 @@ def test_each_target_is_fitted_to_its_own_data(
 
 
 def test_low_rank_updates_start_as_the_checkpoint(tuned: Any, atoms_file: Path) -> None:
-    plain, updated = tuned("energy"), tuned("energy", lora={"rank": 2})
-    ours, theirs = (predict(*each, atoms_file, "energy") for each in (plain, updated))
+    adapter, plain = tuned("energy")
+    theirs = predict(adapter, plain, atoms_file, "energy")
+    adapter, updated = tuned("energy", lora={"rank": 2})
+    ours = predict(adapter, updated, atoms_file, "energy")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     # By upstream's names.
-    assert "backend.gnn_layers.0.trans.layers.0.attention.input_linear.lora_A.weight" in (
-        updated[1].low_rank
-    )
-    assert set(updated[1].low_rank) <= set(updated[1].added)
+    attention = "backend.gnn_layers.0.trans.layers.0.attention"
+    assert f"{attention}.input_linear.lora_A.weight" in updated.low_rank
+    assert set(updated.low_rank) <= set(updated.added)
 
 
 @pytest.mark.parametrize("lora", [{}, None], ids=["upstream's", "fastft's"])

@@ -188,7 +188,9 @@ def errors_of(model: Any, file: Path, targets: Any) -> dict[str, float]:
 
 def molecular_dynamics(target: str) -> None:
     atoms = make_structure(5)
-    variants = {} if target == "energy" else {"energy": target.removeprefix("energy/")}
+    variants: dict[str, str | None] = {}
+    if target != "energy":
+        variants["energy"] = target.removeprefix("energy/")
     atoms.calc = MetatomicCalculator("tuned.pt", variants=variants)
     before = atoms.positions.copy()
     VelocityVerlet(atoms, timestep=0.1).run(10)
