@@ -200,7 +200,9 @@ def _model(
             model["dtype"] = "float64"
         case precision if precision != 32:
             notes.append(f"base_precision: must be 32 or 64; got {precision}")
-    if given := architecture.get("model"):
+    usual = get_default_hypers("pet")["model"]
+    hypers = architecture.get("model", {})
+    if given := {name: value for name, value in hypers.items() if value != usual.get(name)}:
         model["hypers"] = given
     checkpoint = finetune.get("read_from")
     if checkpoint is not None:

@@ -94,6 +94,8 @@ def test_evaluation_is_one_complete_pass_in_order(adapter_of, sources, workers):
     assert content(loader.batches(2)) == content(batches[2:])
     assert loader.samples == 100
     assert loader.names == ("small", "large")
+    assert [batch.source for batch in loader.examples()] == ["small", "large"]
+    assert [batch["x"][0].item() for batch in loader.examples()] == [0, 100]
 
 
 def test_a_batch_of_one_source_names_it(adapter_of, sources):

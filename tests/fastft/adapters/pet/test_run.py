@@ -264,6 +264,13 @@ def test_an_example(name: str, structures: Any, make_adapter: Any, build: Any, f
     said = done(fastft, "train", str(file), *smaller)
     targets, note = EXPORTS[name]
     assert note in " ".join(said.replace("\u2502", " ").split())
+    if "energy" in targets:
+        # Each data set scores its own target; a kept one, too.
+        other = "data.validation.0.options.target=energy"
+        done(fastft, "evaluate", str(file), *smaller, other)
+        scores = json.loads(Path("run/evaluation-validation.json").read_text())["values"]
+        assert "forces_mae_mev_per_angstrom" in scores
+        assert not any("pbe0" in score for score in scores)
     done(fastft, "export", str(file), "--to", "tuned.ckpt", *smaller)
     model = read_model(Path("tuned.ckpt"))
     assert model is not None

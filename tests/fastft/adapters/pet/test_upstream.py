@@ -23,6 +23,8 @@ from metatrain.utils.external_naming import to_external_name
 from omegaconf import OmegaConf
 from small_pet import TINY, make_structure
 
+from fastft.runfile import read_run_file
+
 NEW = "energy/new"
 NAMES = {"energy": "energy_new", "forces": "forces_new"}
 
@@ -196,3 +198,18 @@ def molecular_dynamics(target: str) -> None:
     VelocityVerlet(atoms, timestep=0.1).run(10)
     assert np.isfinite(atoms.positions).all()
     assert (atoms.positions != before).any()
+
+
+def test_the_options_that_upstream_writes(pretrained: Path, fastft: Any) -> None:
+    """Its complete form of an options file: every default spelt out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(pretrained)
+        outcome = fastft("convert", "options_restart.yaml", "--to", "run.toml")
+        assert (outcome.errors, outcome.code) == ("", 0)
+        config = read_run_file(Path("run.toml"))
+        settings = ("run.device=cpu", "data.checks.ignore=['missing', 'leakage']")
+        outcome = fastft("train", "run.toml", *settings)
+        assert (outcome.errors, outcome.code) == ("", 0)
+    assert config.run.steps == 3
+    assert config.model.options["stress"] is True
+    assert config.model.options["dtype"] == "float64"
