@@ -43,7 +43,7 @@ def try_evaluation(
     and not after the last. Leaves metrics, modes and random generators as they were.
 
     Returns:
-        What evaluations will report, with the values of this batch.
+        What evaluations will report, with the values of these batches.
     """
     generators = rng_state(precision.device)
     for metric in metrics.values():

@@ -37,29 +37,36 @@ def convert(path: Path) -> Conversion:
         AdapterError: it is of another architecture.
     """
     options = _read(path)
-    hypers = get_default_hypers("pet")["training"] | options["architecture"].get("training", {})
-    reader = DataReader(options)
     try:
-        parts = reader.splits()
+        return _converted(options, f"runs/{path.stem}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {problem}" for problem in error.problems) from error
+
+
+def _converted(options: Mapping[str, Any], folder: str) -> Conversion:
+    hypers = get_default_hypers("pet")["training"] | options["architecture"].get("training", {})
+    reader = DataReader(options)
+    parts = reader.splits()
     training = parts["training"]
-    targets = list(dict.fromkeys(target for part in training for target in part.names))
-    if not targets:
+    if not training:
         raise ConfigError(
-            f"{path}: training_set.targets: must have an energy, 'energy' or a variant of it; got"
-            f" {', '.join(training[0].targets) or 'none'}; write a run file by hand"
+            "training_set.targets: must have an energy, 'energy' or a variant of it; got none;"
+            " write a run file by hand"
         )
+    default = next(iter(training[0].names))
     notes = reader.notes
     notes += _unknown(options, hypers)
     wanted = {
         label for part in training for names in part.names.values() for label in labels(names)
     }
-    per_epoch = _steps_per_epoch(training, hypers["batch_size"], path)
+    per_epoch = _steps_per_epoch(training, hypers["batch_size"])
     tree = {
-        "run": _run(options, per_epoch * hypers["num_epochs"], path, notes),
+        "run": {
+            **{"folder": folder, "steps": per_epoch * hypers["num_epochs"]},
+            **_device(options, notes),
+        },
         "model": _model(options, hypers["finetune"], reader, parts, wanted, notes),
-        "data": _data(hypers, reader, parts, targets[0], wanted, notes),
+        "data": _data(hypers, reader, parts, default, wanted, notes),
         **_training(hypers, per_epoch),
     }
     if loss := _loss(hypers["loss"], training, notes):
@@ -68,8 +75,8 @@ def convert(path: Path) -> Conversion:
         tree["finetune"] = {"method": hypers["finetune"].get("method", "full")}
     if "validation" in tree["data"]:
         # Of a new target that says none; a checkpoint's own is not known here.
-        unit = training[0].targets[targets[0]]["unit"] or "eV"
-        monitor = _monitor(hypers, targets[0], unit, "forces" in wanted, notes)
+        unit = training[0].targets[default]["unit"] or "eV"
+        monitor = _monitor(hypers, default, unit, "forces" in wanted, notes)
         tree["checkpoint"]["monitor"] = monitor
         tree["evaluate"] = {"every_steps": per_epoch}
     return Conversion(tree, notes)
@@ -158,27 +165,24 @@ def _method(finetune: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _steps_per_epoch(training: Sequence[Part], batch_size: int, path: Path) -> int:
+def _steps_per_epoch(training: Sequence[Part], batch_size: int) -> int:
     """Upstream's: whole batches of each data set."""
     for part in training:
         if len(part.indices) < batch_size:
             raise ConfigError(
-                f"{path}: architecture.training.batch_size: must not exceed a data set's"
-                f" structures, {len(part.indices)} of {part.where}; got {batch_size}; lower it"
+                "architecture.training.batch_size: must not exceed a data set's structures,"
+                f" {len(part.indices)} of {part.where}; got {batch_size}; lower it"
             )
     return sum(len(part.indices) // batch_size for part in training)
 
 
-def _run(options: Mapping[str, Any], steps: int, path: Path, notes: list[str]) -> dict[str, Any]:
-    run: dict[str, Any] = {"folder": f"runs/{path.stem}", "steps": steps}
-    if "seed" in options:
-        run["seed"] = options["seed"]
-    device = {"gpu": "cuda", "auto": "auto"}.get(
-        options.get("device", "auto"), options.get("device")
-    )
-    if device in ("cpu", "cuda"):
-        run["device"] = device
-    elif device != "auto":
+def _device(options: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """`run.seed` and `run.device`."""
+    run = {"seed": options["seed"]} if "seed" in options else {}
+    device = options.get("device", "auto")
+    if device in ("cpu", "cuda", "gpu"):
+        return {**run, "device": "cuda" if device == "gpu" else device}
+    if device != "auto":
         notes.append(f"device: must be cpu or one GPU here; got {device}")
     return run
 

@@ -62,7 +62,7 @@ class DataReader:
                 share, left = given / left, left - given
                 pairs = [_cut(part, share) for part in found["training"]]
                 found["training"] = [part for part, _ in pairs]
-                found[split] = [part for _, part in pairs if part.indices]
+                found[split] = [part for _, part in pairs]
                 if given:
                     self.notes.append(
                         f"{split}_set: {given:g} of the structures are drawn at random by upstream;"
@@ -74,7 +74,10 @@ class DataReader:
                 found[split] = [replace(training[0], where=f"{split}_set", indices=chosen)]
             else:
                 found[split] = self._parts(f"{split}_set", given)
-        return found
+        return {
+            split: [part for part in each if part.names and part.indices]
+            for split, each in found.items()
+        }
 
     def elements(self, parts: Sequence[Part]) -> list[int]:
         """Atomic numbers in data sets, sorted."""
@@ -155,7 +158,10 @@ class DataReader:
     def _names(self, where: str, target: str, config: Any, path: str) -> dict[str, str]:
         """Names of the labels of a target that the file has."""
         if not re.match(TARGET, target) or config["type"] != "scalar":
-            self.notes.append(f"{where}: has no counterpart, which only energies have; left out")
+            self.notes.append(
+                f"{where}: has no counterpart, as only 'energy' and its variants 'energy/...' have;"
+                " left out"
+            )
             return {}
         names = {"energy": config["key"]}
         for label in ("forces", "stress", "virial"):

@@ -140,30 +140,32 @@ def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[s
     return tuple(new)
 
 
-def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets) -> list[str]:
+def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets) -> Iterator[str]:
     """What becomes of targets, for the load report.
 
     Args:
         known: the checkpoint's.
     """
-    lines = []
     for target in targets.trained:
-        if target not in known:
+        if target in known:
+            fit = "are fitted anew" if options.fit == "always" else "stay"
+            yield f"target '{target}': its composition energies and scale {fit}"
+        else:
             source = settings_of(options, target)[1].inherit_heads
-            start = f"that start as those of '{source}'" if source else "at random"
-            lines.append(f"new target '{target}': heads {start}")
-    rest = ", ".join(f"'{name}'" for name in known if name not in targets.trained)
-    kept = options.keep_targets or any(name in targets.evaluated for name in known)
-    if rest and kept:
-        lines.append(
-            f"targets kept, but not trained: {rest}; their heads fit as long as all else is frozen"
+            start = f"start as those of '{source}'" if source else "start at random"
+            yield f"new target '{target}': its heads {start}"
+    others = [name for name in known if name not in targets.trained]
+    kept = [name for name in others if options.keep_targets or name in targets.evaluated]
+    if kept:
+        yield (
+            f"targets kept, but not trained: {_listed(kept)}; their heads fit as long as all else"
+            " is frozen"
         )
-    elif rest:
-        lines.append(
-            f"targets dropped, since no data set holds them: {rest}; model.options.keep_targets ="
-            " true keeps them"
+    if dropped := [name for name in others if name not in kept]:
+        yield (
+            f"targets dropped, since no data set holds them: {_listed(dropped)};"
+            " model.options.keep_targets = true keeps them"
         )
-    return lines
 
 
 @torch.no_grad()
@@ -230,3 +232,7 @@ def _drop(model: PET, target: str) -> None:
     for part in parts:
         if target in part.outputs:
             part.remove_output(target)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

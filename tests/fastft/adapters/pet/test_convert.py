@@ -189,10 +189,13 @@ def test_two_levels_of_theory(convert: Any) -> None:
         ("a: 1", "options.yaml: must be an options file of `mtt train`"),
         (SHORT.replace("name: pet", "name: gap"), "options.yaml: architecture.name: must be 'pet'"),
         (SHORT.replace("train.xyz", "absent.xyz"), "absent.xyz: must be a file that ASE reads"),
-        (SHORT.replace("batch_size: 4", "batch_size: 40"), "batch_size: must not exceed"),
+        (
+            SHORT.replace("batch_size: 4", "batch_size: 40"),
+            "options.yaml: architecture.training.batch_size: must",
+        ),
         (
             SHORT.replace("train.xyz", "{systems: train.xyz, targets: {mtt::U0: {key: energy}}}"),
-            "training_set.targets: must have an energy, 'energy' or a variant of it; got mtt::U0",
+            "options.yaml: training_set.targets: must have an energy, 'energy' or a variant of it",
         ),
     ],
 )

@@ -227,9 +227,9 @@ def test_ethanol(ethanol: Path, pet_run: str, fastft: Any) -> None:
 
 # Run file -> the targets of its export, and what the load report says of them.
 EXPORTS = {
-    "full": (["energy"], ""),
+    "full": (["energy"], "target 'energy': its composition energies and scale stay"),
     "heads": (["energy", "energy/pbe0"], "targets kept, but not trained: 'energy'"),
-    "lora": (["energy/pbe0"], "new target 'energy/pbe0': heads that start as those of 'energy'"),
+    "lora": (["energy/pbe0"], "new target 'energy/pbe0': its heads start as those of 'energy'"),
     "multi-fidelity": (["energy", "energy/pbe0"], "new target 'energy/pbe0'"),
     "new-variant": (["energy/pbe0"], "targets dropped, since no data set holds them: 'energy'"),
 }

@@ -77,7 +77,10 @@ def test_targets_are_those_of_the_data_sets(tuned: Any) -> None:
     assert adapter.targets.names == (NEW, "energy")
     assert set(task.new_heads) == {f"backend.{kind}.{NEW}" for kind in KINDS}
     assert set(task.heads) == {f"backend.{k}.{t}" for k in KINDS for t in (NEW, "energy")}
-    assert list(task.notes) == [f"new target '{NEW}': heads at random"]
+    assert list(task.notes) == [
+        f"new target '{NEW}': its heads start at random",
+        "target 'energy': its composition energies and scale stay",
+    ]
 
 
 def test_targets_that_are_only_evaluated_are_kept(tuned: Any) -> None:
