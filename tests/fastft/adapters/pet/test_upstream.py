@@ -96,21 +96,20 @@ def data_set(file: str, target: str, names: Mapping[str, str]) -> dict[str, Any]
     return {"path": file, "name": target, "options": {"target": target, "lacks": lacks, **names}}
 
 
-ONE = [("train", NEW)]
-BOTH = [("train", "energy"), ("train", NEW)]
-# Name -> the data sets' targets, model.options, [finetune], what the export is called by.
-WAYS: dict[str, tuple[list[tuple[str, str]], dict[str, Any], dict[str, Any], list[str]]] = {
-    "full": ([("train", "energy")], {"stress": True}, {}, ["energy"]),
-    "heads": (ONE, {"keep_targets": True}, {"method": "heads"}, ["energy", NEW]),
-    "inherit": (ONE, {"target": NEW, "inherit_heads": "energy"}, {}, [NEW]),
+# Name -> the data sets' targets, model.options, [finetune], the export's targets. Both targets of
+# several are in one file.
+WAYS: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], list[str]]] = {
+    "full": (["energy"], {"stress": True}, {}, ["energy"]),
+    "heads": ([NEW], {"keep_targets": True}, {"method": "heads"}, ["energy", NEW]),
+    "inherit": ([NEW], {"target": NEW, "inherit_heads": "energy"}, {}, [NEW]),
     "multi-fidelity": (
-        BOTH,
+        ["energy", NEW],
         {"stress": True, "targets": {NEW: {"inherit_heads": "energy"}}},
         {},
         ["energy", NEW],
     ),
-    "lora": (ONE, {"lora": {"merge": False}}, {"method": "lora"}, [NEW]),
-    "merged": (ONE, {"lora": {}}, {"method": "lora"}, [NEW]),
+    "lora": ([NEW], {"lora": {"merge": False}}, {"method": "lora"}, [NEW]),
+    "merged": ([NEW], {"lora": {}}, {"method": "lora"}, [NEW]),
 }
 
 
@@ -118,11 +117,11 @@ WAYS: dict[str, tuple[list[tuple[str, str]], dict[str, Any], dict[str, Any], lis
 def test_there_and_back(
     way: str, pretrained: Path, fastft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources, options, finetune, targets = WAYS[way]
+    trained, options, finetune, exported = WAYS[way]
     monkeypatch.chdir(tmp_path)
     keys = {"energy": {"energy": "energy", "forces": "forces"}, NEW: NAMES}
     data: dict[str, Any] = {
-        split: [data_set(f"{pretrained}/{split}.xyz", t, keys[t]) for _, t in sources]
+        split: [data_set(f"{pretrained}/{split}.xyz", t, keys[t]) for t in trained]
         for split in ("train", "validation")
     }
     tree = {
@@ -149,16 +148,15 @@ def test_there_and_back(
     export_model("tuned.ckpt", "tuned.pt")
     model = load_atomistic_model("tuned.pt")
     outputs = model.capabilities().outputs
-    assert [name for name in outputs if name.startswith("energy")] == targets
+    assert [name for name in outputs if name.startswith("energy")] == exported
     scores = json.loads(Path("run/evaluation-validation.json").read_text())["values"]
-    trained = [target for _, target in sources]
     compared = errors_of(model, pretrained / "validation.xyz", {t: keys[t] for t in trained})
     assert len(compared) == 4 * len(trained) + 2 * ("energy" in trained)
     for name, value in compared.items():
         assert scores[name] == pytest.approx(value, rel=1e-5), name
     molecular_dynamics(trained[-1])
     both = [
-        upstream_options(f"{pretrained}/{split}.xyz", {t: keys[t] for t in targets})
+        upstream_options(f"{pretrained}/{split}.xyz", {t: keys[t] for t in exported})
         for split in data
     ]
     train_upstream(*both, restart_from="tuned.ckpt")
