@@ -43,7 +43,8 @@ class PlainStep:
         for block in task.blocks:
             forward = block.module.forward
             if compiled == "blocks":
-                forward = torch.compile(forward)
+                # Blocks of other sizes are other graphs, not one for all sizes.
+                forward = torch.compile(forward, dynamic=False)
             if checkpointed:
                 forward = functools.partial(checkpoint, forward, use_reentrant=False)
             block.module.forward = forward

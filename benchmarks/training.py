@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--budgets", nargs="*", default=["80GB", "half", "40GB", "24GB", "least"])
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="these, or all")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--layer-norm", choices=["torch", "fused"], default="torch")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES)
@@ -306,8 +306,8 @@ def main() -> None:
     pairs = case.make_batches()
     name = arguments.case + (", fused norms" if arguments.layer_norm == "fused" else "")
     records = Records(name, case.samples, case.flops, arguments.out)
-    for name, options in PEERS.items() if arguments.peers else ():
-        records.add(name, lambda options=options: measure_plain(case, pairs, **options))
+    for name in PEERS if arguments.peers == [] else arguments.peers or ():
+        records.add(name, lambda name=name: measure_plain(case, pairs, **PEERS[name]))
     torch._dynamo.reset()
     settings = {"precision": PRECISION, "compile": case.compile}
     settings["layer_norm"] = arguments.layer_norm

@@ -10,12 +10,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY_BYTES = 232448
-INTEGERS = ("rows", "length", "programs", "tensors", "seed")
-FLOATS = ("eps", "decay", "z_limit", "warmup")
+INTEGERS = ("rows", "length", "programs", "tensors", "seed", "samples", "heads")
+INTEGERS += ("C", "H", "W", "CP", "HP", "WP", "SC", "SH", "SW")
+FLOATS = ("eps", "decay", "z_limit", "warmup", "scale")
 POINTERS = {
     **dict.fromkeys(("X", "RESIDUAL", "S", "Y", "DY", "DS", "DX", "SCALE", "SHIFT"), "*bf16"),
     **dict.fromkeys(("PARAM", "MOMENTS", "NUMEL"), "*i64"),
     **dict.fromkeys(("GROUP", "KIND", "CHUNK_TENSOR", "CHUNK_INDEX", "SEGMENT"), "*i32"),
+    **dict.fromkeys(("QKV", "DQKV", "OUT", "Q", "KV", "DKV"), "*bf16"),
     "NONFINITE": "*i32",
     "GRAD": "*i64",
 }
@@ -52,6 +54,11 @@ def main() -> None:
     compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
     compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
     compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
+    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "D": 64, "MAIN": 128, "TAIL": 16}
+    short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16}
+    for part, shape in (("_forward_kernel", 64), ("_backward_kernel", 32)):
+        compile_kernel("window_attention", part, **window, SHIFTED=True, ROWS=shape)
+        compile_kernel("short_attention", part, 1, **short, SHARED=True)
     compile_kernel("adam", "_prepare_kernel", HYPER_COLUMNS=7, SCALAR_COLUMNS=8, BLOCK=256)
     dtypes = [TRITON_DTYPES[d] for d in TRITON_DTYPES]
     kinds = ((tl.float32, tl.float32, True), (dtypes[1], dtypes[2], False))
