@@ -38,6 +38,8 @@ def _ends(model: aurora.Aurora) -> dict[str, nn.Module]:
     """The blocks of encoder and decoder."""
     encoder, decoder = model.encoder, cast(Any, model.decoder)
     return {
+        "encoder.surf_token_embeds": encoder.surf_token_embeds,
+        "encoder.atmos_token_embeds": encoder.atmos_token_embeds,
         "encoder.surf_mlp": encoder.surf_mlp,
         "encoder.level_agg": encoder.level_agg,
         "decoder": decoder.patches,
@@ -82,11 +84,11 @@ def _cast_anew(module: nn.Module) -> None:
     """
     forward = cast(Any, module.forward).__func__
 
-    def run(self: nn.Module, *arguments: Any) -> Any:
+    def run(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         kind = next(self.parameters()).device.type
         inside, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.autocast(kind, dtype, inside, cache_enabled=False):
-            return forward(self, *arguments)
+            return forward(self, *arguments, **keywords)
 
     module.forward = MethodType(run, module)
 

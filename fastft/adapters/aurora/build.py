@@ -14,7 +14,7 @@ from torch import nn
 from fastft.adapters.aurora.blocks import prepare_blocks
 from fastft.adapters.aurora.forward import remove_waits
 from fastft.adapters.aurora.options import AuroraOptions
-from fastft.adapters.aurora.patches import chunk_patches
+from fastft.adapters.aurora.patches import chunk_patches, rewrite_for_compilers
 from fastft.adapters.aurora.variables import Variables, resolve_variables
 from fastft.adapters.aurora.variants import AirPollution, V1p5, Wave, Weather
 from fastft.errors import AdapterError, ConfigError, nearest
@@ -213,6 +213,7 @@ def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
                 if name.startswith("encoder."):
                     parameter.zero_()
     chunk_patches(model, options.chunk_patches)
+    rewrite_for_compilers(model)
     remove_waits(model)
     prepare_blocks(model, options.autocast)
     return model

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from aurora.model.decoder import Perceiver3DDecoder
 from aurora.model.encoder import Perceiver3DEncoder
+from aurora.model.patchembed import LevelPatchEmbed
+from aurora.model.perceiver import PerceiverResampler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,6 +90,38 @@ def chunk_patches(model: nn.Module, most: int) -> None:
     decoder.decode_patches = MethodType(decode, decoder)
     # Past the registration of modules: names and checkpoints stay upstream's.
     decoder.__dict__["patches"] = PatchDecoder(decoder)
+
+
+def rewrite_for_compilers(model: nn.Module) -> None:
+    """Has compiled code compute patch embeddings and queries in fewer operations.
+
+    Eager code is upstream's, to the bit; these differ from it in last bits.
+    """
+    for module in model.modules():
+        if isinstance(module, LevelPatchEmbed):
+            module.forward = MethodType(_embed, module)
+        if isinstance(module, PerceiverResampler):
+            query = cast(Any, module.layers[0])[0].to_q
+            query.forward = MethodType(_query, query)
+
+
+def _embed(self: LevelPatchEmbed, x: Tensor, var_names: tuple[str, ...]) -> Tensor:
+    """Patches do not overlap: the convolution is one product of matrices."""
+    if not torch.compiler.is_compiling():
+        return LevelPatchEmbed.forward(self, x, var_names)
+    _, rows, columns = self.kernel_size
+    weight = torch.cat([self.weights[name][:, :, : x.shape[2]] for name in var_names], dim=1)
+    # [B, V, T, H, W] -> [B, H / P, W / P, V, T, P, P] -> [B, L, V * T * P * P]
+    x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).permute(0, 3, 5, 1, 2, 4, 6)
+    return self.norm(functional.linear(x.flatten(3).flatten(1, 2), weight.flatten(1), self.bias))
+
+
+def _query(self: nn.Linear, latents: Tensor) -> Tensor:
+    """The first layer's latents are the same for all patches, and so are the queries."""
+    if not torch.compiler.is_compiling() or latents.stride(0) != 0:
+        return nn.Linear.forward(self, latents)
+    # Not every attention kernel takes what is only expanded.
+    return nn.Linear.forward(self, latents[:1]).expand(len(latents), -1, -1).contiguous()
 
 
 def in_chunks(

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft.adapters.aurora.patches import chunk_count, in_chunks
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
 from fastft.precision import make_precision
 from fastft.task import Batch, Task
 
-ENDS = ("encoder.surf_mlp", "encoder.level_agg", "decoder")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "levels": {"arguments": {"level_condition": [500, 850], "separate_perceiver": ["q"]}},
@@ -97,5 +96,36 @@ def test_compiled_chunks(make_adapter: Any, build: Any, make_samples: Any) -> No
     forwards = BlockForwards(task, "blocks", make_precision("fp32", torch.device("cpu")))
     torch._dynamo.reset()
     for way in (KEEP, RECOMPUTE):
-        forwards.use(dict.fromkeys(ENDS, way.name))
+        forwards.use(dict.fromkeys(("encoder.level_agg", "decoder"), way.name))
         assert_close(outcome(task, batch), expected)
+
+
+def captured(module: nn.Module, *inputs: Any) -> tuple[Tensor, list[int]]:
+    """What a compiled module gives, and how many rows of samples its linear maps take."""
+    rows: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        called = [n for n in graph.graph.nodes if n.target is torch._C._nn.linear]
+        rows.extend(len(node.args[0].meta["example_value"]) for node in called)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(module, backend=backend, fullgraph=True)(*inputs), rows
+
+
+@pytest.mark.parametrize("history", [1, 2])
+def test_a_patch_embedding_is_one_product(history: int, make_adapter: Any, build: Any) -> None:
+    embedding = build(make_adapter()).model.encoder.atmos_token_embeds
+    x, names = torch.randn(3, 2, history, 8, 16), ("q", "t")
+    found, rows = captured(embedding, x, names)
+    assert rows == [3]
+    torch.testing.assert_close(found, embedding(x, names))
+
+
+def test_queries_are_computed_for_one_patch(make_adapter: Any, build: Any) -> None:
+    perceiver = build(make_adapter()).model.encoder.level_agg
+    x, latents = torch.randn(5, 2, 16), torch.randn(3, 16).expand(5, -1, -1)
+    found, rows = captured(perceiver, latents, x)
+    assert min(rows) == rows[0] == 1
+    torch.testing.assert_close(found, perceiver(latents, x))
+    assert captured(perceiver, latents.contiguous(), x)[1][0] == 5

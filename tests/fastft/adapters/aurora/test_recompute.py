@@ -24,7 +24,13 @@ from fastft.task import Batch, Task
 
 CPU = torch.device("cpu")
 DROPOUT = {"drop_rate": 0.2}
-ENDS = ("encoder.surf_mlp", "encoder.level_agg", "decoder")
+ENDS = (
+    "encoder.surf_token_embeds",
+    "encoder.atmos_token_embeds",
+    "encoder.surf_mlp",
+    "encoder.level_agg",
+    "decoder",
+)
 # One block at each depth, so that few graphs are compiled.
 SHALLOW = {"encoder_depths": [1, 1], "decoder_depths": [1, 1], **DROPOUT}
 LORA = {"use_lora": True, "lora_mode": "from_second", **DROPOUT}
@@ -169,13 +175,13 @@ def test_compiled(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task, forwards, batch = make("blocks", **settings)
     forwards.use_everywhere(KEEP)
     expected = outcome(task, batch)
-    # Three of encoder and decoder, whatever the number of chunks; two depths of the network and two
-    # steps between them.
-    assert len(graphs) == 7
+    # Seven of encoder and decoder over two steps, whatever the number of chunks; two depths of the
+    # network and two steps between them.
+    assert len(graphs) == 11
     for way in (OFFLOAD, RECOMPUTE, LEAST):
         forwards.use_everywhere(way)
         assert_same_bits(outcome(task, batch), expected)
-    assert len(graphs) == 7
+    assert len(graphs) == 11
 
 
 def test_menus(make: Any) -> None:
