@@ -95,6 +95,8 @@ register_dataclass(DeviceBatch)
 def remove_waits(model: aurora.Aurora) -> None:
     """Makes the model take a `DeviceBatch` without waiting; the results are upstream's to the bit.
 
+    After `chunk_patches`; with more chunks than one, but for last bits.
+
     Raises:
         AdapterError: a lead time that upstream's embedding refuses.
     """
@@ -138,10 +140,8 @@ def _decode(
     lead_time: timedelta,
 ) -> DeviceBatch:
     """As upstream's, in chunks of patches (`patches`)."""
-    metadata, (height, width) = (
-        batch.metadata,
-        (len(batch.metadata.lat), batch.metadata.lon.shape[-1]),
-    )
+    metadata = batch.metadata
+    height, width = len(metadata.lat), metadata.lon.shape[-1]
 
     def predicted(variables: dict[str, Tensor]) -> tuple[str, ...]:
         modulated = (f"{name}_mod" for name in variables if name in decoder.modulation_heads)

@@ -51,12 +51,13 @@ class PatchDecoder(nn.Module):
         perceivers = [decoder.level_decoder]
         if decoder.separate_perceiver:
             perceivers.append(decoder.level_decoder_alternate)
-        # The same for all variables, but for those that have the second one.
         found = [decoder.deaggregate_levels(embedded, x[..., 1:, :], each) for each in perceivers]
+        # The last is that of the variables that have one of their own.
+        shared, own = found[0], found[-1]
         given = {"levels": levels} if decoder.level_condition else {}
         upper = [
             decoder.atmos_heads[name](
-                found[1 if name in decoder.separate_perceiver else 0], **given
+                own if name in decoder.separate_perceiver else shared, **given
             )
             for name in atmos_vars
         ]

@@ -100,7 +100,7 @@ def test_compiled_chunks(make_adapter: Any, build: Any, make_samples: Any) -> No
         assert_close(outcome(task, batch), expected)
 
 
-def captured(module: nn.Module, *inputs: Any) -> tuple[Tensor, list[int]]:
+def captured(module: nn.Module, *inputs: Any) -> tuple[Any, list[int]]:
     """What a compiled module gives, and how many rows of samples its linear maps take."""
     rows: list[int] = []
 
@@ -129,3 +129,13 @@ def test_queries_are_computed_for_one_patch(make_adapter: Any, build: Any) -> No
     assert min(rows) == rows[0] == 1
     torch.testing.assert_close(found, perceiver(latents, x))
     assert captured(perceiver, latents.contiguous(), x)[1][0] == 5
+
+
+def test_so_they_are_in_the_decoder(make_adapter: Any, build: Any) -> None:
+    decoder = build(make_adapter()).model.decoder.patches
+    inputs = torch.randn(2, 4, 5, 32), torch.randn(2, 32), ("2t",), ("t", "q"), (500, 850)
+    found, rows = captured(decoder, *inputs)
+    # Head of the surface, levels, queries, keys and values, and so on; two samples of five patches.
+    assert rows[:4] == [2, 2, 1, 10]
+    for ours, theirs in zip(found, decoder(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
