@@ -1,7 +1,8 @@
 """Aurora at 721 x 1440 points and 13 levels: upstream's recipe beside fastft, in one process.
 
 Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--autocast all tf32]
-    [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--skip-upstream]
+    [--residual fp32 bf16] [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB]
+    [--skip-upstream]
 
 Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
 its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
@@ -11,6 +12,7 @@ blocks one way; `--budgets` plans. Encoder and decoder run in bf16 (all), as ups
 
 import argparse
 import gc
+import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,10 +46,10 @@ SIZES = {
 BATCHES, STEPS = 2, 4
 
 
-def make_adapter(size: str, autocast: str) -> AuroraAdapter:
+def make_adapter(size: str, autocast: str, residual: str = "fp32") -> AuroraAdapter:
     """All levels and variables of the class."""
     inside = "all" if autocast == "all" else "backbone"
-    tree = {"model_class": SIZES[size][0], "autocast": inside}
+    tree = {"model_class": SIZES[size][0], "autocast": inside, "residual": residual}
     return AuroraAdapter(parse(AuroraOptions, tree, key="model.options"))
 
 
@@ -169,16 +171,18 @@ def measure_ours(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
     return row | break_down(lambda: step(0, batches[:1]), PRECISION)
 
 
-def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Records) -> Iterator[str]:
+def rows_of_fastft(
+    arguments: argparse.Namespace, autocast: str, residual: str, records: Records
+) -> Iterator[str]:
     """Measures every way and budget; yields what could not be planned."""
-    adapter = make_adapter(arguments.size, autocast)
+    adapter = make_adapter(arguments.size, autocast, residual)
+    name = f"fastft, autocast {autocast}" + (", bf16 residual" if residual == "bf16" else "")
     batches = make_batches(adapter, arguments.size, DEVICE)
     settings = {"precision": PRECISION, "compile": "blocks", "tf32": autocast == "tf32"}
     step, forwards = trainer_step(make_task(adapter, DEVICE), DEVICE, OPTIM, CLIP, **settings)
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
-        name = f"fastft, autocast {autocast}, {way}"
-        records.add(name, lambda: measure_ours(step, batches))
+        records.add(f"{name}, {way}", lambda: measure_ours(step, batches))
     for budget in arguments.budgets:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
         enforce(limit, DEVICE)
@@ -188,7 +192,7 @@ def rows_of_fastft(arguments: argparse.Namespace, autocast: str, records: Record
             yield f"{budget}: {error}"
             continue
         records.add(
-            f"fastft, autocast {autocast}, {budget}",
+            f"{name}, {budget}",
             lambda: measure_ours(step, batches),
             budget_gib=round(limit / GIB, 3),
             predicted_gib=plan.predicted_bytes and round(plan.predicted_bytes / GIB, 3),
@@ -204,6 +208,7 @@ def main() -> None:
     parser.add_argument(
         "--autocast", nargs="*", choices=["all", "backbone", "tf32"], default=["all"]
     )
+    parser.add_argument("--residual", nargs="*", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--ways", nargs="*", default=["recompute all"])
     parser.add_argument("--budgets", nargs="*", default=[])
     parser.add_argument("--skip-upstream", action="store_true")
@@ -217,8 +222,8 @@ def main() -> None:
             "upstream's recipe",
             lambda: measure_upstream(make_task(adapter, DEVICE), arguments.size, batches),
         )
-    for autocast in arguments.autocast:
-        for problem in rows_of_fastft(arguments, autocast, records):
+    for autocast, residual in itertools.product(arguments.autocast, arguments.residual):
+        for problem in rows_of_fastft(arguments, autocast, residual, records):
             print(problem, flush=True)
         gc.collect()
         torch.cuda.empty_cache()

@@ -33,6 +33,7 @@ from fastft.adapters.aurora.presets import optim_presets
 from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
+from fastft.adapters.aurora.swin import use_fused_swin
 from fastft.config import DataSource
 from fastft.errors import ConfigError
 from fastft.runfile import parse
@@ -108,6 +109,8 @@ class AuroraAdapter:
             )
         options, variables = self.options, self.variables
         model = build_model(options, variables)
+        if options.kernels == "auto" and device.type == "cuda":
+            use_fused_swin(model, options.residual)
         self.variant.attach(model)
         loss = AuroraLoss(
             options.loss,

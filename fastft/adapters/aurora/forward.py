@@ -3,7 +3,8 @@
 aurora checks the grid, the lead times and the levels on the device at every step, reads the lead
 times back, and copies each list of levels or statistics from pageable memory. Here its own
 functions run with a few of the names that they look up replaced: the same operations on the same
-values, so the same bits. What was checked is checked on the host instead, in `collate` and when the
+values, so the same bits. The decoder runs in chunks of patches (`patches`); with one the bits are
+the same, too. What was checked is checked on the host instead, in `collate` and when the
 adapter is made.
 
 A batch is normalised where it lies, on the model's device, as in `aurora.rollout`. A model that is
@@ -93,9 +94,7 @@ register_dataclass(DeviceBatch)
 
 
 def remove_waits(model: aurora.Aurora) -> None:
-    """Makes the model take a `DeviceBatch` without waiting; the results are upstream's to the bit.
-
-    After `chunk_patches`; with more chunks than one, but for last bits.
+    """Makes the model take a `DeviceBatch` without waiting; to be called after `chunk_patches`.
 
     Raises:
         AdapterError: a lead time that upstream's embedding refuses.

@@ -142,4 +142,18 @@ class AuroraOptions:
             " levels: fewer take less memory, and one chunk of all gives upstream's bits.",
         ),
     ] = 4096
+    kernels: Annotated[
+        Literal["auto", "off"],
+        Field(
+            description="'auto': on a GPU, Swin blocks that compute in 16 bits run on fastft's"
+            " kernels, which round otherwise than upstream's forward; 'off': on upstream's."
+        ),
+    ] = "auto"
+    residual: Annotated[
+        Literal["fp32", "bf16"],
+        Field(
+            description="With the kernels: precision of what the Swin blocks add to, upstream's or"
+            " that of step.precision, which takes less time and memory."
+        ),
+    ] = "fp32"
     loss: Annotated[AuroraLossOptions, Field(description="The loss.")] = AuroraLossOptions()

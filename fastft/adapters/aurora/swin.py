@@ -1,0 +1,95 @@
+"""Swin blocks on fastft's kernels: attention in shifted windows, adaptive norms with residuals.
+
+Upstream rolls, pads and cuts the grid into windows, and back, with a copy each, masks shifted
+windows by a dense matrix, and norms in float32 operator by operator. A linear layer does not mind
+where a token lies, so here queries, keys and values are made in place, and the kernels do the rest.
+Weights, names and formulas are upstream's; rounding is not to the bit.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Literal, cast
+
+import aurora
+import torch
+import torch.nn.functional as F
+from aurora.model.film import AdaptiveLayerNorm
+from aurora.model.swin3d import Swin3DTransformerBlock, WindowAttention
+from aurora.model.util import maybe_adjust_windows
+from fastft_kernels import adaptive_layer_norm, window_attention
+from fastft_kernels.window_attention import HEAD_COLUMNS, MAX_TOKENS
+from fastft_kernels.window_grid import Grid
+from torch import Tensor, nn
+
+Triple = tuple[int, int, int]
+Residual = Literal["fp32", "bf16"]
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def use_fused_swin(model: aurora.Aurora, residual: Residual) -> None:
+    """Runs the blocks on the kernels where they compute in 16 bits; upstream's forward elsewhere.
+
+    Args:
+        residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'bf16': it has
+            the precision of the rest.
+    """
+    for block in model.backbone.modules():
+        if isinstance(block, Swin3DTransformerBlock) and _takes(block):
+            # Bound, so that a deep copy of the block computes with the copy's weights.
+            block.forward = MethodType(_forward(residual == "fp32"), block)
+
+
+def _takes(block: Swin3DTransformerBlock) -> bool:
+    attention = block.attn
+    return (
+        # Random numbers in attention or of whole paths are upstream's alone.
+        attention.attn_drop == 0
+        and isinstance(block.drop_path, nn.Identity)
+        and attention.head_dim in HEAD_COLUMNS
+        and block.window_size[0] * block.window_size[1] * block.window_size[2] <= MAX_TOKENS
+    )
+
+
+def _forward(whole: bool) -> Callable[..., Tensor]:
+    def forward(
+        self: Swin3DTransformerBlock,
+        x: Tensor,
+        c: Tensor,
+        res: Triple,
+        rollout_step: int,
+        warped: bool = True,
+    ) -> Tensor:
+        # With noise a condition has its own value for each token.
+        if _dtype(x) not in _LOW or c.dim() != 2 or not warped:
+            return Swin3DTransformerBlock.forward(self, x, c, res, rollout_step, warped)
+        grid = Grid(res, *maybe_adjust_windows(self.window_size, self.shift_size, res))
+        shortcut = x.float() if whole else x
+        y = _attend(self.attn, x.view(len(x), *res, -1), grid, rollout_step).view(x.shape)
+        x = _normed(self.norm1, y, c, shortcut)
+        return _normed(self.norm2, self.mlp(x), c, x)
+
+    return forward
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products with x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _attend(attention: WindowAttention, x: Tensor, grid: Grid, rollout_step: int) -> Tensor:
+    """`[B, C, H, W, D]` of a grid that is not rolled."""
+    behind = [p - n for p, n in zip(grid.padded, grid.size, strict=True)]
+    if any(behind):
+        x = F.pad(x, (0, 0, 0, behind[2], 0, behind[1], 0, behind[0]))
+    lora = cast(Any, attention)
+    qkv = attention.qkv(x) + lora.lora_qkv(x, rollout_step)
+    y = window_attention(qkv, attention.num_heads, grid.size, grid.window, grid.shift)
+    return attention.proj_drop(attention.proj(y) + lora.lora_proj(y, rollout_step))
+
+
+def _normed(norm: AdaptiveLayerNorm, x: Tensor, c: Tensor, residual: Tensor) -> Tensor:
+    shift, scale = norm.ln_modulation(c).chunk(2, dim=-1)
+    # The kernel's scale is about 1; in 16 bits the difference would be lost.
+    scale = scale.float() + (norm.scale_bias - 1)
+    return adaptive_layer_norm(x, scale, shift, residual, norm.ln.eps)

@@ -1,0 +1,138 @@
+"""Swin blocks on fastft's kernels: upstream's formulas, with padding, shifts and roll-outs."""
+
+from typing import Any
+
+import pytest
+import torch
+from aurora.model.swin3d import Swin3DTransformerBlock
+from torch import Tensor, nn
+
+from fastft.adapters.aurora import swin
+from fastft.adapters.aurora.swin import use_fused_swin
+from fastft.precision import make_precision
+from fastft.task import Batch, Task
+
+CPU = torch.device("cpu")
+# Heads of 16 columns, the fewest that the kernel takes.
+WIDE = {"embed_dim": 32}
+LORA = {"use_lora": True, "lora_mode": "from_second"}
+GRID = (2, 9, 17)  # Padded along both axes, unevenly along the first.
+
+
+def make_block(shift: tuple[int, int, int], device: torch.device = CPU, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    block = Swin3DTransformerBlock(
+        dim=64, num_heads=2, time_dim=32, window_size=(2, 6, 12), shift_size=shift, **arguments
+    ).to(device)
+    with torch.no_grad():
+        # At its initialisation a block is the identity.
+        for name, parameter in block.named_parameters():
+            if "ln_modulation" in name:
+                parameter.normal_(std=0.1)
+    return block
+
+
+def fused(block: Any, residual: swin.Residual = "fp32") -> Any:
+    holder = nn.Module()
+    holder.backbone = nn.ModuleList([block])
+    use_fused_swin(holder, residual)  # type: ignore[arg-type]
+    return block
+
+
+def outcome(block: Any, autocast: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    device = next(block.parameters()).device
+    draw = torch.Generator().manual_seed(1)
+    tokens = GRID[0] * GRID[1] * GRID[2]
+    x = torch.randn(2, tokens, 64, generator=draw).to(device, dtype).requires_grad_()
+    c = torch.randn(2, 32, generator=draw).to(device, dtype).requires_grad_()
+    dy = torch.randn(2, tokens, 64, generator=draw).to(device, dtype)
+    block.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        y = block(x, c, GRID, 0)
+    y.backward(dy.to(y.dtype))
+    found = {"y": y.detach(), "x": x.grad, "c": c.grad}
+    return found | {name: p.grad.clone() for name, p in block.named_parameters()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float((a[n].double() - v.double()).norm() / v.double().norm()) for n, v in b.items()}
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 3, 6)])
+def test_formulas_are_upstreams(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swin, "_LOW", (torch.float32,))
+    theirs = outcome(make_block(shift), autocast=False)
+    ours = outcome(fused(make_block(shift)), autocast=False)
+    assert set(ours) == set(theirs)
+    assert max(distance(ours, theirs).values()) < 1e-5
+
+
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_one_graph_in_16_bits(residual: Any) -> None:
+    block = fused(make_block((1, 3, 6)), residual)
+    plain = outcome(block, autocast=True)
+    assert plain["y"].dtype is torch.float32  # As the input, which both add to.
+    block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    assert max(distance(outcome(block, autocast=True), plain).values()) < 1e-5
+
+
+def test_low_precision_stays_where_it_is_wanted() -> None:
+    x, c = torch.randn(1, 306, 64, dtype=torch.bfloat16), torch.randn(1, 32)
+    for residual, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = fused(make_block((0, 0, 0)), residual)(x, c, GRID, 0)  # type: ignore[arg-type]
+        assert y.dtype is dtype
+
+
+@pytest.mark.parametrize("arguments", [{"attn_drop": 0.1}, {"drop_path": 0.1}])
+def test_random_numbers_are_left_to_upstream(arguments: Any) -> None:
+    block = make_block((0, 0, 0), **arguments)
+    before = block.forward
+    assert fused(block).forward == before
+
+
+def test_full_precision_keeps_upstreams_bits() -> None:
+    theirs = outcome(make_block((1, 3, 6)), autocast=False)
+    ours = outcome(fused(make_block((1, 3, 6))), autocast=False)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def losses(task: Task, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    task.model.zero_grad()
+    with make_precision("bf16", device).autocast():
+        loss = task.loss(task.model, batch)
+    loss.total.backward()
+    grads = {n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
+    return {"loss": loss.total.detach(), **grads}
+
+
+@pytest.mark.parametrize("more", [{}, LORA], ids=["plain", "lora"])
+def test_a_whole_model(more: Any, make_adapter: Any, build: Any, make_samples: Any) -> None:
+    name = "Aurora" if more else "AuroraPretrained"
+    adapter = make_adapter(rollout_steps=2, model_class=name, arguments={**WIDE, **more})
+    task = build(adapter)
+    batch = Batch(adapter.collate(make_samples(adapter)), 2)
+    theirs = losses(task, batch, CPU)
+    use_fused_swin(task.model, "fp32")
+    ours = losses(task, batch, CPU)
+    assert set(ours) == set(theirs)
+    assert not torch.equal(ours["loss"], theirs["loss"])  # The kernels' path was taken.
+    assert distance(ours, theirs)["loss"] < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 3, 6)])
+def test_as_near_to_the_truth_as_upstream(shift: Any, residual: Any) -> None:
+    gpu = torch.device("cuda")
+    truth = outcome(make_block(shift).double(), autocast=False, dtype=torch.float64)
+    theirs = distance(outcome(make_block(shift, gpu), autocast=True), _on(gpu, truth))
+    ours = distance(
+        outcome(fused(make_block(shift, gpu), residual), autocast=True), _on(gpu, truth)
+    )
+    for name, error in ours.items():
+        assert error < 2 * theirs[name] + 1e-3, name
+
+
+def _on(device: torch.device, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in values.items()}
