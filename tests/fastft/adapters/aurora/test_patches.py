@@ -105,7 +105,7 @@ def captured(module: nn.Module, *inputs: Any) -> tuple[Any, list[int]]:
     rows: list[int] = []
 
     def backend(graph: Any, _: Any) -> Any:
-        called = [n for n in graph.graph.nodes if n.target is torch._C._nn.linear]
+        called = [n for n in graph.graph.nodes if n.target is nn.functional.linear]
         rows.extend(len(node.args[0].meta["example_value"]) for node in called)
         return graph.forward
 
