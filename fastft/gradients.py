@@ -185,13 +185,13 @@ class NormSummary:
     Args:
         names: of the parameters, in the order of the norms.
         groups: parameter groups.
-        task: whose compiled blocks are the layers; parameters outside go under their top-level
+        task: whose `layer_blocks` are the layers; parameters outside go under their top-level
             module.
     """
 
     def __init__(self, names: Sequence[str], groups: Sequence[Group], task: Task) -> None:
         group_of = {name: group.name for group in groups for name in group.parameters}
-        blocks = [block.name for block in task.compiled_blocks]
+        blocks = [block.name for block in task.layer_blocks]
         device = next(iter(groups[0].parameters.values())).device
         labels = {
             "group": [group_of[name] for name in names],

@@ -359,9 +359,9 @@ def _layer_factors(task: Task, config: OptimConfig) -> dict[str, tuple[int, floa
 
 
 def layers_from_blocks(task: Task) -> dict[str, int]:
-    """Layer numbers in definition order: 0 before the first compiled block, then one per block with
+    """Layer numbers in definition order: 0 before the first layer's block, then one per block with
     what follows it, and one more for what follows the last."""
-    blocks = task.compiled_blocks
+    blocks = task.layer_blocks
     if not blocks:
         return {}
     layers: dict[str, int] = {}

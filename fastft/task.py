@@ -154,17 +154,19 @@ class Block:
     """A module that is compiled on its own, and may be recomputed; the repeated ones are layers.
 
     Attributes:
-        name: as in the model.
+        name: as in the model; that of the module whose parameters it has, if it is not in it.
         dynamic: compile it once for all sizes, where those vary from batch to batch.
         compile: False: no layer, and eager with `step.compile = "blocks"`, as an encoder that
             takes dates. Tensors inside of its arguments and outputs are seen where those are
             pytree nodes (`torch.utils._pytree.register_dataclass`).
+        layer: False: compiled, but no layer, as what stands between stages.
     """
 
     name: str
     module: nn.Module
     dynamic: bool = False
     compile: bool = True
+    layer: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Task:
         metrics: the adapter's own; those of the run file are added by the core.
         fields: what the model expects of the data, by field.
         layers: parameter name -> layer number, 0 nearest the input, for layer-wise decay; None:
-            derived from `compiled_blocks`.
+            derived from `layer_blocks`.
         low_rank: names of the parameters of low-rank updates that the model brings: what
             `finetune.method = 'lora'` then trains, instead of adding updates.
         layer_norms: subclasses of `nn.LayerNorm` that compute what it computes, so that the fused
@@ -229,8 +231,13 @@ class Task:
 
     @property
     def compiled_blocks(self) -> list[Block]:
-        """Those that `step.compile = "blocks"` compiles: the layers."""
+        """Those that `step.compile = "blocks"` compiles."""
         return [block for block in self.blocks if block.compile]
+
+    @property
+    def layer_blocks(self) -> list[Block]:
+        """The layers, for layer-wise decay and norms by layer."""
+        return [block for block in self.compiled_blocks if block.layer]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastft.adapters.aurora.batch import collate
+from fastft.adapters.aurora.blocks import blocks
 from fastft.adapters.aurora.build import (
     argument,
-    blocks,
     build_model,
     constructor_arguments,
     heads,

@@ -2,23 +2,22 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import aurora
 import torch
-from aurora.model import swin3d
 from aurora.model.lora import LoRA
-from torch import Tensor, nn
+from torch import nn
 
+from fastft.adapters.aurora.blocks import prepare_blocks
 from fastft.adapters.aurora.forward import remove_waits
 from fastft.adapters.aurora.options import AuroraOptions
+from fastft.adapters.aurora.patches import chunk_patches, rewrite_for_compilers
 from fastft.adapters.aurora.variables import Variables, resolve_variables
 from fastft.adapters.aurora.variants import AirPollution, V1p5, Wave, Weather
 from fastft.errors import AdapterError, ConfigError, nearest
-from fastft.task import Block
 
 CLASSES = (
     "Aurora",
@@ -213,11 +212,10 @@ def build_model(options: AuroraOptions, variables: Variables) -> aurora.Aurora:
             for name, parameter in new_parameters(model, variables).items():
                 if name.startswith("encoder."):
                     parameter.zero_()
+    chunk_patches(model, options.chunk_patches)
+    rewrite_for_compilers(model)
     remove_waits(model)
-    if options.autocast == "backbone":
-        _keep_out_of_autocast(model.encoder)
-        _keep_out_of_autocast(model.decoder)
-    _hold_masks_constant()
+    prepare_blocks(model, options.autocast)
     return model
 
 
@@ -269,23 +267,6 @@ def low_rank(model: nn.Module) -> list[str]:
     ]
 
 
-def blocks(model: aurora.Aurora, place: str = "") -> list[Block]:
-    """Encoder, Swin blocks and decoder; none changes its sizes from batch to batch.
-
-    Encoder and decoder take dates, which no graph can hold.
-    """
-    return list(_blocks(model, place))
-
-
-def _blocks(model: aurora.Aurora, place: str) -> Iterator[Block]:
-    yield Block(f"{place}encoder", model.encoder, compile=False)
-    for part in ("encoder_layers", "decoder_layers"):
-        for i, layer in enumerate(getattr(model.backbone, part)):
-            for j, block in enumerate(cast(Any, layer).blocks):
-                yield Block(f"{place}backbone.{part}.{i}.blocks.{j}", block)
-    yield Block(f"{place}decoder", model.decoder, compile=False)
-
-
 def _defaults(kind: type[aurora.Aurora]) -> dict[str, Any]:
     """The constructor's arguments and their defaults; subclasses pass on what they do not name."""
     defaults: dict[str, Any] = {}
@@ -300,49 +281,6 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_as_tuple(item) for item in value)
     return value
-
-
-def _keep_out_of_autocast(module: nn.Module) -> None:
-    """Runs the module in its weights' precision, whatever autocast is around it.
-
-    aurora's own switches would do the same, but they choose a GPU where there is one, even for a
-    model on the CPU, and compiled blocks would be autocast twice.
-    """
-    forward = cast(Any, module.forward).__func__
-
-    def run(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        weight = next(self.parameters())
-        # What the backbone returns is in low precision where autocast covers its last norm.
-        whole = [_cast(a, weight.dtype) for a in arguments]
-        with torch.autocast(weight.device.type, enabled=False):
-            return forward(self, *whole, **keywords)
-
-    # Bound, so that a deep copy of the module computes with the copy's weights.
-    module.forward = MethodType(run, module)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    floats = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floats else value
-
-
-def _hold_masks_constant() -> None:
-    """Makes the attention masks of shifted windows constants of compiled blocks; may be repeated.
-
-    Dynamo ignores the cache of the function that makes them, and traces 27 assignments into every
-    shifted block; Inductor makes invalid C++ of them.
-    """
-    original = swin3d.compute_3d_shifted_window_mask
-    if getattr(original, "_held_constant", False):
-        return
-
-    # Dynamo does not look at the wrapper of a cache, so a function must call it.
-    def mask(*arguments: Any, **keywords: Any) -> Any:
-        return original(*arguments, **keywords)
-
-    held = torch._dynamo.assume_constant_result(mask)
-    cast(Any, held)._held_constant = True
-    swin3d.compute_3d_shifted_window_mask = held
 
 
 def told_step(options: AuroraOptions) -> Callable[[int], int]:

@@ -3,7 +3,8 @@
 aurora checks the grid, the lead times and the levels on the device at every step, reads the lead
 times back, and copies each list of levels or statistics from pageable memory. Here its own
 functions run with a few of the names that they look up replaced: the same operations on the same
-values, so the same bits. What was checked is checked on the host instead, in `collate` and when the
+values, so the same bits. The decoder runs in chunks of patches (`patches`); with one the bits are
+the same, too. What was checked is checked on the host instead, in `collate` and when the
 adapter is made.
 
 A batch is normalised where it lies, on the model's device, as in `aurora.rollout`. A model that is
@@ -20,6 +21,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -31,6 +33,7 @@ from aurora.model import fourier, posencoding
 from aurora.model.decoder import Perceiver3DDecoder
 from aurora.model.encoder import Perceiver3DEncoder
 from aurora.model.swin3d import Swin3DTransformerBackbone
+from aurora.model.util import unpatchify
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
@@ -91,7 +94,7 @@ register_dataclass(DeviceBatch)
 
 
 def remove_waits(model: aurora.Aurora) -> None:
-    """Makes the model take a `DeviceBatch` without waiting; the results are upstream's to the bit.
+    """Makes the model take a `DeviceBatch` without waiting; to be called after `chunk_patches`.
 
     Raises:
         AdapterError: a lead time that upstream's embedding refuses.
@@ -120,12 +123,53 @@ def remove_waits(model: aurora.Aurora) -> None:
             return Perceiver3DDecoder.forward(self, x, batch, patch_res, lead_times)
         # It reads them back, as the device rounded them, to compute the time of the prediction.
         rounded = hours if lead_times.dtype == torch.float64 else float(np.float32(hours))
-        return _decode(self, x, batch, patch_res, [rounded] * len(lead_times))
+        return _decode(self, x, batch, patch_res, timedelta(hours=rounded))
 
     # Bound, so that a deep copy of the model computes with the copy's weights.
     model.encoder.forward = MethodType(encode, model.encoder)
     model.decoder.forward = MethodType(decode, model.decoder)
     model.backbone.forward = MethodType(_run_backbone, model.backbone)
+
+
+def _decode(
+    decoder: Any,
+    x: Tensor,
+    batch: DeviceBatch,
+    patch_res: tuple[int, int, int],
+    lead_time: timedelta,
+) -> DeviceBatch:
+    """As upstream's, in chunks of patches (`patches`)."""
+    metadata = batch.metadata
+    height, width = len(metadata.lat), metadata.lon.shape[-1]
+
+    def predicted(variables: dict[str, Tensor]) -> tuple[str, ...]:
+        modulated = (f"{name}_mod" for name in variables if name in decoder.modulation_heads)
+        return (*variables, *modulated)
+
+    surf_vars, atmos_vars = predicted(batch.surf_vars), predicted(batch.atmos_vars)
+    levels = constant(metadata.atmos_levels, device=x.device)
+    encoded = _levels["levels_expansion"](levels, decoder.embed_dim)
+    x = x.unflatten(1, (patch_res[0], -1))
+    surface, upper = (
+        unpatchify(values.transpose(1, 2), len(names), height, width, decoder.patch_size)
+        for names, values in zip(
+            (surf_vars, atmos_vars),
+            decoder.decode_patches(x, encoded, surf_vars, atmos_vars, metadata.atmos_levels),
+            strict=True,
+        )
+    )
+    return DeviceBatch(
+        {name: surface[:, i, 0] for i, name in enumerate(surf_vars)},
+        batch.static_vars,
+        {name: upper[:, i] for i, name in enumerate(atmos_vars)},
+        dataclasses.replace(
+            metadata,
+            lat=metadata.lat.to(torch.float32),
+            lon=metadata.lon.to(torch.float32),
+            time=tuple(time + lead_time for time in metadata.time),
+            rollout_step=metadata.rollout_step + 1,
+        ),
+    )
 
 
 class _Torch:
@@ -190,5 +234,4 @@ _encode = _with_names(
     scale_expansion=_unchecked(fourier.scale_expansion),
     pos_scale_enc=_with_names(posencoding.pos_scale_enc, pos_scale_enc_grid=_grid),
 )
-_decode = _with_names(Perceiver3DDecoder.forward, torch=_torch, **_levels, **_batches)
 _run_backbone = _with_names(Swin3DTransformerBackbone.forward, **_lead_time)

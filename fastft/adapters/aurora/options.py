@@ -134,6 +134,14 @@ class AuroraOptions:
             " or encoder and decoder too. step.precision = 'fp32' turns it off."
         ),
     ] = "backbone"
+    chunk_patches: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Patches that encoder and decoder take at a time, where they aggregate"
+            " levels: fewer take less memory, and one chunk of all gives upstream's bits.",
+        ),
+    ] = 4096
     kernels: Annotated[
         Literal["auto", "off"],
         Field(

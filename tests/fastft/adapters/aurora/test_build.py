@@ -54,25 +54,32 @@ def test_blocks_are_in_forward_order(make_adapter: Any, build: Any, make_samples
     task = build(adapter)
     called: list[nn.Module] = []
     for block in task.blocks:
+        assert block.compile
         assert not block.dynamic
-        assert task.model.get_submodule(block.name) is block.module
+        named = task.model.get_submodule(block.name)
+        # The decoder's is beside the model, which has its parameters once.
+        assert block.module is (named.patches if block.name == "decoder" else named)
+        assert set(block.module.parameters()) == set(named.parameters())
         block.module.register_forward_hook(lambda module, *_: called.append(module))
     task.loss(task.model, Batch(adapter.collate(make_samples(adapter)), 2))
     assert [block.module for block in task.blocks] == called
     kinds = [m for m in task.model.modules() if type(m).__name__ == "Swin3DTransformerBlock"]
     assert len(kinds) == 6
-    assert [block.module for block in task.compiled_blocks] == called[1:-1]
-    assert {type(module) for module in called[1:-1]} == {type(kinds[0])}
-    assert [block.name for block in task.blocks if not block.compile] == ["encoder", "decoder"]
+    assert {block.module for block in task.layer_blocks} == set(kinds)
+    others = [block.name for block in task.blocks if not block.layer]
+    encoder = ["surf_token_embeds", "atmos_token_embeds", "surf_mlp", "level_agg"]
+    encoder = [f"encoder.{name}" for name in encoder]
+    stages = ["backbone.encoder_layers.0.downsample", "backbone.decoder_layers.0.upsample"]
+    assert others == [*encoder, *stages, "decoder"]
 
 
 @pytest.mark.parametrize(
     ("rollout_steps", "settings", "expected"),
     [
-        (1, {}, 3),
-        (2, {}, 3),
+        (1, {}, 10),
+        (2, {}, 12),
         # Without the low-rank updates and with them, in the first step and all others.
-        (3, {"model_class": "Aurora", "arguments": {"lora_mode": "from_second"}}, 6),
+        (3, {"model_class": "Aurora", "arguments": {"lora_mode": "from_second"}}, 15),
     ],
 )
 def test_blocks_compile(
@@ -109,7 +116,8 @@ def test_blocks_compile(
             block.module.forward, fullgraph=True, dynamic=False, backend=count
         )
     compiled, others = run()
-    # Two depths of the network, the first one shifted and not; a second step makes no new ones.
+    # Seven between and around the stages; two depths of the network, the first one shifted and not.
+    # A second step has the embeddings anew, whose input is then differentiable; further ones none.
     assert len(graphs) == expected
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():

@@ -109,7 +109,8 @@ def test_the_whole_model_compiles_to_the_same(
     with torch.no_grad():
         expected, compiled = model(state), torch.compile(model, backend="eager")(state)
     assert type(compiled) is DeviceBatch
-    assert all(torch.equal(values(compiled)[n], value) for n, value in values(expected).items())
+    for name, value in values(expected).items():
+        torch.testing.assert_close(values(compiled)[name], value, rtol=1e-5, atol=1e-5)
     breaks = torch._dynamo.utils.counters["graph_break"]
     assert breaks
     assert all("datetime" in reason or "timedelta" in reason for reason in breaks)

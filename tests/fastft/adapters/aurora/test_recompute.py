@@ -1,4 +1,4 @@
-"""Encoder and decoder as blocks that are never compiled: the same bits whatever they keep."""
+"""Encoder and decoder as blocks: the same bits whatever they keep."""
 
 import copy
 import dataclasses
@@ -24,6 +24,13 @@ from fastft.task import Batch, Task
 
 CPU = torch.device("cpu")
 DROPOUT = {"drop_rate": 0.2}
+ENDS = (
+    "encoder.surf_token_embeds",
+    "encoder.atmos_token_embeds",
+    "encoder.surf_mlp",
+    "encoder.level_agg",
+    "decoder",
+)
 # One block at each depth, so that few graphs are compiled.
 SHALLOW = {"encoder_depths": [1, 1], "decoder_depths": [1, 1], **DROPOUT}
 LORA = {"use_lora": True, "lora_mode": "from_second", **DROPOUT}
@@ -86,7 +93,7 @@ def test_every_way_has_the_bits_of_keeping_all(
     task, forwards, batch = make(**CASES[case])
     expected = outcome(task, batch)
     for way in EAGER:
-        forwards.use({"encoder": way.name, "decoder": way.name})
+        forwards.use(dict.fromkeys(ENDS, way.name))
         assert_same_bits(outcome(task, batch), expected)
     assert all(value.isfinite().all() for value in expected.values())
 
@@ -96,7 +103,7 @@ def test_samples_from_a_replay_buffer(make: Any) -> None:
     batch = dataclasses.replace(batch, leads=(1, 1))
     expected = outcome(task, batch)
     assert "predicted 2t" in expected
-    forwards.use({"encoder": RECOMPUTE.name, "decoder": RECOMPUTE.name})
+    forwards.use(dict.fromkeys(ENDS, RECOMPUTE.name))
     assert_same_bits(outcome(task, batch), expected)
 
 
@@ -109,7 +116,7 @@ def test_a_gpu_draws_the_same_dropout_again(make_adapter: Any, make_samples: Any
     forwards = BlockForwards(task, "off", make_precision("bf16", gpu))
     expected = outcome(task, batch, gpu)
     for way in EAGER:
-        forwards.use({"encoder": way.name, "decoder": way.name})
+        forwards.use(dict.fromkeys(ENDS, way.name))
         found = outcome(task, batch, gpu)
         # A GPU may sum gradients in another order each time; other dropout changes all of them.
         for name, value in expected.items():
@@ -124,7 +131,7 @@ def test_they_keep_less_and_compute_again(make: Any) -> None:
         # A module inside is called by its name in each forward, and once more to compute it again.
         return lambda *_: calls.update({name: calls[name] + 1})
 
-    task.model.encoder.level_agg.register_forward_hook(count("encoder"))
+    task.model.encoder.level_agg.layers[0][0].register_forward_hook(count("encoder"))
     task.model.decoder.level_decoder.register_forward_hook(count("decoder"))
     for way, expected in ((KEEP, 2), (RECOMPUTE, 4), (LEAST, 4), (OFFLOAD, 2)):
         calls.update(encoder=0, decoder=0)
@@ -150,7 +157,7 @@ def test_a_copy_computes_with_its_own_weights(make: Any) -> None:
     assert_same_bits(outcome(other, batch), expected)
 
 
-def test_beside_compiled_blocks(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -164,34 +171,30 @@ def test_beside_compiled_blocks(make: Any, monkeypatch: pytest.MonkeyPatch) -> N
         blocks, "compiled", lambda *a, **k: original(*a, **{**k, "backend": backend})
     )
     torch._dynamo.reset()
-    task, forwards, batch = make("blocks", arguments=SHALLOW, rollout_steps=2)
+    settings = {"arguments": SHALLOW, "rollout_steps": 2, "autocast": "all", "chunk_patches": 16}
+    task, forwards, batch = make("blocks", **settings)
     forwards.use_everywhere(KEEP)
     expected = outcome(task, batch)
-    # Two depths of the network; the first block takes float32, as the encoder's output is.
-    assert len(graphs) == 3
-    for way in EAGER:
-        forwards.use({"encoder": way.name, "decoder": way.name})
+    # Seven of encoder and decoder over two steps, whatever the number of chunks; two depths of the
+    # network and two steps between them.
+    assert len(graphs) == 11
+    for way in (OFFLOAD, RECOMPUTE, LEAST):
+        forwards.use_everywhere(way)
         assert_same_bits(outcome(task, batch), expected)
-    forwards.use_everywhere(RECOMPUTE)
-    assert_same_bits(outcome(task, batch), expected)
-    assert len(graphs) == 3
-    # A share is nothing to an eager block.
-    forwards.use_everywhere(COMPILED[1])
-    assert_same_bits(outcome(task, batch), expected)
+    assert len(graphs) == 11
 
 
 def test_menus(make: Any) -> None:
     _, forwards, _ = make("blocks")
-    eager, compiled = [way.name for way in EAGER], [way.name for way in COMPILED]
-    for name, menu in forwards.menus.items():
-        assert list(menu) == (eager if name in ("encoder", "decoder") else compiled)
-    assert set(forwards.ways) == {*eager, *compiled}
+    compiled = [way.name for way in COMPILED]
+    assert all(list(menu) == compiled for menu in forwards.menus.values())
+    assert list(forwards.ways) == compiled
     assert list(forwards.ways)[-1] == LEAST.name
 
 
 def test_layers_are_the_swin_blocks(make: Any) -> None:
     task, _, _ = make()
-    swin = [block.name for block in task.compiled_blocks]
+    swin = [block.name for block in task.layer_blocks]
     layers = layers_from_blocks(task)
     ends = {part: {n for p, n in layers.items() if p.startswith(part)} for part in ("enc", "dec")}
     assert ends == {"enc": {0}, "dec": {7}}
@@ -224,6 +227,5 @@ def test_calls_of_a_roll_out(pushforward: bool, times: int, make: Any) -> None:
     step = TrainingStep(task, optimizer, None, GradientsConfig(), forwards.precision)
     calls = capture_calls(step, batch)
     assert {call.times for call in calls.values()} == {times}
-    inputs = tree_leaves(calls["encoder"].arguments)
-    assert any(isinstance(x, Tensor) and x.requires_grad for x in inputs) != pushforward
+    inputs = tree_leaves(calls["encoder.level_agg"].arguments)
     assert all(x.grad_fn is None for x in inputs if isinstance(x, Tensor))
