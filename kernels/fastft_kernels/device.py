@@ -10,6 +10,8 @@ from triton import knobs
 
 MAX_COLUMNS = 16384
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of an attention's head.
+HEAD_COLUMNS = (16, 32, 64, 128)
 
 # As it was when the kernels were decorated; setting the variable later changes nothing.
 _INTERPRETED = bool(knobs.runtime.interpret)

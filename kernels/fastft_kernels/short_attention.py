@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastft_kernels.device import (
     FLOAT_DTYPES,
+    HEAD_COLUMNS,
     launch,
     multiprocessors,
     next_power_of_2,
@@ -31,7 +32,6 @@ from fastft_kernels.device import (
 from fastft_kernels.dispatch import as_differentiable_op, as_op
 
 MAX_TOKENS = 64
-HEAD_COLUMNS = (16, 32, 64, 128)
 _PROGRAMS_PER_SM = 2
 _LOG2E = tl.constexpr(math.log2(math.e))
 

@@ -54,11 +54,13 @@ def main() -> None:
     compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
     compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
     compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
-    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "D": 64, "MAIN": 128, "TAIL": 16}
-    short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16}
-    for part, shape in (("_forward_kernel", 64), ("_backward_kernel", 32)):
-        compile_kernel("window_attention", part, **window, SHIFTED=True, ROWS=shape)
-        compile_kernel("short_attention", part, 1, **short, SHARED=True)
+    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "SHIFTED": True, "D": 64, "ROWS": 64}
+    for part in ("forward", "queries_backward"):
+        compile_kernel("window_kernels", part, **window, MAIN=128, TAIL=16)
+    compile_kernel("window_kernels", "keys_backward", **window, KEYS=64)
+    short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16, "SHARED": True}
+    for part in ("_forward_kernel", "_backward_kernel"):
+        compile_kernel("short_attention", part, 1, **short)
     compile_kernel("adam", "_prepare_kernel", HYPER_COLUMNS=7, SCALAR_COLUMNS=8, BLOCK=256)
     dtypes = [TRITON_DTYPES[d] for d in TRITON_DTYPES]
     kinds = ((tl.float32, tl.float32, True), (dtypes[1], dtypes[2], False))

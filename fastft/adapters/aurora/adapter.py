@@ -27,13 +27,13 @@ from fastft.adapters.aurora.checkpoint import describe, load_hub, read_weights, 
 from fastft.adapters.aurora.checks import weather_checks
 from fastft.adapters.aurora.data import WeatherData, open_weather
 from fastft.adapters.aurora.extend import extend, place_of
+from fastft.adapters.aurora.fused import use_kernels
 from fastft.adapters.aurora.loss import AuroraLoss
 from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.presets import optim_presets
 from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
-from fastft.adapters.aurora.swin import use_fused_swin
 from fastft.config import DataSource
 from fastft.errors import ConfigError
 from fastft.runfile import parse
@@ -110,7 +110,7 @@ class AuroraAdapter:
         options, variables = self.options, self.variables
         model = build_model(options, variables)
         if options.kernels == "auto" and device.type == "cuda":
-            use_fused_swin(model, options.residual)
+            use_kernels(model, options.residual)
         self.variant.attach(model)
         loss = AuroraLoss(
             options.loss,

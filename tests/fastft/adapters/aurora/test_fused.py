@@ -1,14 +1,15 @@
-"""Swin blocks on fastft's kernels: upstream's formulas, with padding, shifts and roll-outs."""
+"""Swin blocks and perceivers on fastft's kernels: upstream's formulas."""
 
 from typing import Any
 
 import pytest
 import torch
+from aurora.model.perceiver import PerceiverResampler
 from aurora.model.swin3d import Swin3DTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastft.adapters.aurora import swin
-from fastft.adapters.aurora.swin import use_fused_swin
+from fastft.adapters.aurora import fused as fused_module
+from fastft.adapters.aurora.fused import Residual, use_kernels
 from fastft.precision import make_precision
 from fastft.task import Batch, Task
 
@@ -32,10 +33,8 @@ def make_block(shift: tuple[int, int, int], device: torch.device = CPU, **argume
     return block
 
 
-def fused(block: Any, residual: swin.Residual = "fp32") -> Any:
-    holder = nn.Module()
-    holder.backbone = nn.ModuleList([block])
-    use_fused_swin(holder, residual)  # type: ignore[arg-type]
+def fused(block: Any, residual: Residual = "fp32") -> Any:
+    use_kernels(block, residual)
     return block
 
 
@@ -60,7 +59,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 3, 6)])
 def test_formulas_are_upstreams(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swin, "_LOW", (torch.float32,))
+    monkeypatch.setattr(fused_module, "_LOW", (torch.float32,))
     theirs = outcome(make_block(shift), autocast=False)
     ours = outcome(fused(make_block(shift)), autocast=False)
     assert set(ours) == set(theirs)
@@ -113,7 +112,7 @@ def test_a_whole_model(more: Any, make_adapter: Any, build: Any, make_samples: A
     task = build(adapter)
     batch = Batch(adapter.collate(make_samples(adapter)), 2)
     theirs = losses(task, batch, CPU)
-    use_fused_swin(task.model, "fp32")
+    use_kernels(task.model, "fp32")
     ours = losses(task, batch, CPU)
     assert set(ours) == set(theirs)
     assert not torch.equal(ours["loss"], theirs["loss"])  # The kernels' path was taken.
@@ -136,3 +135,38 @@ def test_as_near_to_the_truth_as_upstream(shift: Any, residual: Any) -> None:
 
 def _on(device: torch.device, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in values.items()}
+
+
+def perceive(resampler: Any, batch: int, autocast: bool) -> dict[str, Tensor]:
+    """Of latents that are the same for all patches."""
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(3, 32, generator=draw).requires_grad_()
+    x = torch.randn(batch, 5, 32, generator=draw).requires_grad_()
+    dy = torch.randn(batch, 3, 32, generator=draw)
+    resampler.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = resampler(latents.expand(batch, -1, -1), x)
+    y.backward(dy.to(y.dtype))
+    found = {"y": y.detach(), "latents": latents.grad, "x": x.grad}
+    found |= {name: p.grad.clone() for name, p in resampler.named_parameters()}
+    # Keys that are all shifted alike change nothing: its gradient is rounding.
+    found.pop("layers.0.0.ln_k.bias", None)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"ln_k_q": True}, {"depth": 2}], ids=str)
+def test_perceivers(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> PerceiverResampler:
+        torch.manual_seed(0)
+        sizes = {"latent_dim": 32, "context_dim": 32, "head_dim": 16, "num_heads": 2}
+        return PerceiverResampler(**sizes, **settings)
+
+    whole, low = (perceive(make(), 7, autocast) for autocast in (False, True))
+    resampler = make()
+    use_kernels(resampler, "fp32")
+    assert all(torch.equal(v, whole[n]) for n, v in perceive(resampler, 7, autocast=False).items())
+    ours, theirs = distance(perceive(resampler, 7, autocast=True), whole), distance(low, whole)
+    assert all(error < 2 * theirs[name] + 1e-3 for name, error in ours.items())
+    monkeypatch.setattr(fused_module, "_LOW", (torch.float32,))
+    resampler.forward = torch.compile(resampler.forward, fullgraph=True, backend="aot_eager")
+    assert max(distance(perceive(resampler, 7, autocast=False), whole).values()) < 1e-5

@@ -1,8 +1,10 @@
-"""Swin blocks on fastft's kernels: attention in shifted windows, adaptive norms with residuals.
+"""Swin blocks and perceivers on fastft's kernels, where they compute in 16 bits.
 
 Upstream rolls, pads and cuts the grid into windows, and back, with a copy each, masks shifted
 windows by a dense matrix, and norms in float32 operator by operator. A linear layer does not mind
 where a token lies, so here queries, keys and values are made in place, and the kernels do the rest.
+A perceiver attends from few queries to few keys at each of very many patches, which kernels for
+long sequences do slowly; its first queries are the same for all patches.
 Weights, names and formulas are upstream's; rounding is not to the bit.
 """
 
@@ -10,14 +12,16 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, Literal, cast
 
-import aurora
 import torch
 import torch.nn.functional as F
 from aurora.model.film import AdaptiveLayerNorm
+from aurora.model.perceiver import PerceiverAttention
 from aurora.model.swin3d import Swin3DTransformerBlock, WindowAttention
 from aurora.model.util import maybe_adjust_windows
-from fastft_kernels import adaptive_layer_norm, window_attention
-from fastft_kernels.window_attention import HEAD_COLUMNS, MAX_TOKENS
+from fastft_kernels import adaptive_layer_norm, short_attention, window_attention
+from fastft_kernels.device import HEAD_COLUMNS
+from fastft_kernels.short_attention import MAX_TOKENS as MAX_LEVELS
+from fastft_kernels.window_attention import MAX_TOKENS as MAX_WINDOW
 from fastft_kernels.window_grid import Grid
 from torch import Tensor, nn
 
@@ -26,17 +30,20 @@ Residual = Literal["fp32", "bf16"]
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def use_fused_swin(model: aurora.Aurora, residual: Residual) -> None:
-    """Runs the blocks on the kernels where they compute in 16 bits; upstream's forward elsewhere.
+def use_kernels(model: nn.Module, residual: Residual) -> None:
+    """Sets the forwards of Swin blocks and perceivers, which in 32 bits are upstream's.
 
     Args:
         residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'bf16': it has
             the precision of the rest.
     """
-    for block in model.backbone.modules():
-        if isinstance(block, Swin3DTransformerBlock) and _takes(block):
-            # Bound, so that a deep copy of the block computes with the copy's weights.
-            block.forward = MethodType(_forward(residual == "fp32"), block)
+    forward = _swin_forward(residual == "fp32")
+    # Bound, so that a deep copy of the module computes with the copy's weights.
+    for module in model.modules():
+        if isinstance(module, Swin3DTransformerBlock) and _takes(module):
+            module.forward = MethodType(forward, module)
+        if isinstance(module, PerceiverAttention) and module.head_dim in HEAD_COLUMNS:
+            module.forward = MethodType(_attend_levels, module)
 
 
 def _takes(block: Swin3DTransformerBlock) -> bool:
@@ -46,11 +53,11 @@ def _takes(block: Swin3DTransformerBlock) -> bool:
         attention.attn_drop == 0
         and isinstance(block.drop_path, nn.Identity)
         and attention.head_dim in HEAD_COLUMNS
-        and block.window_size[0] * block.window_size[1] * block.window_size[2] <= MAX_TOKENS
+        and block.window_size[0] * block.window_size[1] * block.window_size[2] <= MAX_WINDOW
     )
 
 
-def _forward(whole: bool) -> Callable[..., Tensor]:
+def _swin_forward(whole: bool) -> Callable[..., Tensor]:
     def forward(
         self: Swin3DTransformerBlock,
         x: Tensor,
@@ -93,3 +100,16 @@ def _normed(norm: AdaptiveLayerNorm, x: Tensor, c: Tensor, residual: Tensor) -> 
     # The kernel's scale is about 1; in 16 bits the difference would be lost.
     scale = scale.float() + (norm.scale_bias - 1)
     return adaptive_layer_norm(x, scale, shift, residual, norm.ln.eps)
+
+
+def _attend_levels(self: PerceiverAttention, latents: Tensor, x: Tensor) -> Tensor:
+    """Of `[B, L1, D1]`, which may be one sample's expanded, to `[B, L2, D2]`."""
+    if _dtype(x) not in _LOW or max(latents.shape[1], x.shape[1]) > MAX_LEVELS:
+        return PerceiverAttention.forward(self, latents, x)
+    same = latents.stride(0) == 0
+    q = self.ln_q(self.to_q(latents[:1] if same else latents))
+    kv = self.to_kv(x)
+    if isinstance(self.ln_k, nn.LayerNorm):
+        k, v = kv.chunk(2, dim=-1)
+        kv = torch.cat([self.ln_k(k).to(v.dtype), v], dim=-1)
+    return self.to_out(short_attention(q.to(kv.dtype), kv, self.num_heads))
