@@ -28,7 +28,7 @@ from benchmarks.breakdown import break_down
 from benchmarks.models import trainer_step
 from benchmarks.training import CLIP, DEVICE, OPTIM, PRECISION, Records, measure, measure_trainer
 from fastft.adapters.aurora import AuroraAdapter, AuroraOptions
-from fastft.config import parse_bytes
+from fastft.config import OptimConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.plan import make_plan
@@ -107,17 +107,19 @@ class UpstreamStep:
     The loss is the adapter's, of upstream's own forward.
     """
 
-    def __init__(self, task: Task, size: str) -> None:
+    def __init__(
+        self, task: Task, size: str, optim: OptimConfig = OPTIM, autocast: bool = True
+    ) -> None:
         self._loss = cast(Any, task.loss)
-        self._model = getattr(aurora, SIZES[size][0])(autocast=True)
+        self._model = getattr(aurora, SIZES[size][0])(autocast=autocast)
         self._model.load_state_dict(task.model.state_dict())
         self._model.to(next(task.model.parameters()).device)
         self._model.configure_activation_checkpointing()
         groups: list[dict[str, Any]] = [
             {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
-            for group in make_groups(Task(self._model, task.loss), OPTIM, {})
+            for group in make_groups(Task(self._model, task.loss), optim, {})
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr)
+        self._optimizer = torch.optim.AdamW(groups, lr=optim.lr)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and the norm of its gradients, which it leaves clipped."""
@@ -139,15 +141,22 @@ class UpstreamStep:
         loss.backward()
         return loss.detach(), nn.utils.clip_grad_norm_(self._model.parameters(), CLIP)
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name; checkpoint wrappers are no part of the names."""
+        mark = "_checkpoint_wrapped_module."
+        return {n.replace(mark, ""): p for n, p in self._model.named_parameters()}
+
     def zero_grad(self) -> None:
         """Drops the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self, batch: Batch) -> None:
-        """One step."""
-        self.gradients(batch)
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step; the loss."""
+        loss, _ = self.gradients(batch)
         self._optimizer.step()
         self.zero_grad()
+        return loss
 
 
 def measure_upstream(task: Task, size: str, batches: list[Batch]) -> dict[str, Any]:
