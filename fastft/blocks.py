@@ -9,15 +9,13 @@ Blocks that cannot be compiled run eagerly beside compiled ones.
 import contextlib
 import dataclasses
 import functools
-import importlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -25,12 +23,18 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from fastft.compiling import (
+    Forward,
+    allow_graphs,
+    backend_keeping,
+    compiled,
+    draws_numbers,
+    trace_derivatives,
+)
 from fastft.errors import ConfigError, PlanError
 from fastft.offload import Host
 from fastft.precision import Precision
 from fastft.task import Block, Task
-
-Forward = Callable[..., Any]
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm")
 _ATTENTION = (
@@ -156,7 +160,7 @@ class BlockForwards:
         around = way.recompute or way.offload
         compiles = self.mode == "blocks" and block.compile
         if compiles and not around:
-            backend = _backend(way.share) if way.share < 1 else "inductor"
+            backend = backend_keeping(way.share) if way.share < 1 else "inductor"
             forward = compiled(forward, self.precision, block.dynamic, backend=backend)
         if way == KEEP:
             return forward
@@ -231,7 +235,7 @@ def _contexts(module: nn.Module, operators: tuple[str, ...] | None) -> tuple[Any
     def policy(context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
         kept = operator._schema.name.partition("::")[2] in operators
         # The second forward draws the same numbers only if it draws all of them.
-        kept = kept and not _draws(operator, arguments, keywords)
+        kept = kept and not draws_numbers(operator, arguments, keywords)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     first, again = create_selective_checkpoint_contexts(policy)
@@ -277,50 +281,19 @@ def _refuse_second_derivatives(gradient: Tensor) -> None:
         )
 
 
-def compiled(
-    forward: Forward,
-    precision: Precision,
-    dynamic: bool | None = None,
-    *,
-    fullgraph: bool = True,
-    backend: Any = "inductor",
-) -> Forward:
-    """`torch.compile` of a forward with its autocast inside.
-
-    Around it, torch 2.11 would run the compiled backward under autocast too, unlike eager (pytorch
-    issue 153044).
-    """
-    cast(Any, functorch_config).backward_pass_autocast = "off"
-
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        with precision.autocast():
-            return forward(*arguments, **keywords)
-
-    return torch.compile(run, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
-
-
-def allow_graphs(count: int) -> None:
-    """Raises Dynamo's limit for `count` blocks, in train and eval mode, and makes it an error.
-
-    All blocks share one code object, and torch's limit is per code object. Past it torch would go
-    on uncompiled, and say so only in a log.
-    """
-    # Here, because it takes a second to import.
-    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
-    dynamo.recompile_limit = max(64, dynamo.recompile_limit, 8 * count)
-    dynamo.accumulated_recompile_limit = max(
-        dynamo.accumulated_recompile_limit, dynamo.recompile_limit
-    )
-    dynamo.fail_on_recompile_limit_hit = True
-
-
 def compile_task(task: Task, mode: str, precision: Precision) -> BlockForwards:
     """Compiles the task's blocks, or its model, in place; parameter names stay as they are.
 
     Raises:
-        ConfigError: compilation of a model that the loss differentiates.
+        ConfigError: compilation of what the loss differentiates, or does not run.
     """
-    if task.double_backward and mode != "off":
+    inside = any(block.differentiates for block in task.blocks)
+    if inside and mode == "model":
+        raise ConfigError(
+            "step.compile: must be 'off' or 'blocks', since the loss runs a block of the model that"
+            " differentiates itself, and not the model; got 'model'; set 'blocks'"
+        )
+    if task.double_backward and not inside and mode != "off":
         raise ConfigError(
             "step.compile: must be 'off', since the loss differentiates the model, and torch does"
             f" not differentiate what it compiled twice; got '{mode}'; remove it"
@@ -330,51 +303,12 @@ def compile_task(task: Task, mode: str, precision: Precision) -> BlockForwards:
         task.model.forward = compiled(task.model.forward, precision, fullgraph=False)
         # One graph leaves no block to choose for.
         return BlockForwards(dataclasses.replace(task, blocks=()), "off", precision)
+    if inside and mode == "blocks":
+        trace_derivatives()
     forwards = BlockForwards(task, mode, precision)
     if mode == "blocks":
         forwards.use_everywhere(KEEP)
+    if inside:
+        # What differentiates itself would do so again when it is recomputed: nothing to choose.
+        return BlockForwards(dataclasses.replace(task, blocks=()), "off", precision)
     return forwards
-
-
-@functools.cache
-def _backend(share: float) -> Callable[..., Any]:
-    """Inductor with a partitioner that keeps at most this share; one object per share, because
-    Dynamo tells compiled graphs of one code object apart by their backend."""
-
-    def backend(graph: Any, inputs: Any, **options: Any) -> Any:
-        inductor = cast(Any, importlib.import_module("torch._inductor.compile_fx"))
-        passes = importlib.import_module("torch._inductor.custom_graph_pass")
-
-        class Pass(passes.CustomGraphPass):
-            def __call__(self, graph: Any) -> None:
-                _keep_random_numbers(graph)
-
-            def uuid(self) -> str:
-                return "fastft: random numbers are kept, 1"
-
-        with (
-            cast(Any, functorch_config).patch(activation_memory_budget=share),
-            inductor.config.patch(joint_custom_post_pass=Pass()),
-        ):
-            return inductor.compile_fx(graph, inputs, **options)
-
-    return backend
-
-
-def _keep_random_numbers(graph: Any) -> None:
-    """Below a full budget torch 2.11's partitioner may draw them anew in the backward pass, which
-    makes gradients wrong without a word (pytorch issues 190717, 190758)."""
-    for node in graph.nodes:
-        if node.op == "call_function" and _draws(node.target, node.args, node.kwargs):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def _draws(operator: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
-    """Whether a call takes random numbers; attention does only where it has dropout."""
-    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
-        return False
-    names = [argument.name for argument in operator._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    place = names.index("dropout_p")
-    return bool(arguments[place] if place < len(arguments) else keywords.get("dropout_p", 0.0))

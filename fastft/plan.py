@@ -266,7 +266,7 @@ def _as_on_gpu(config: RunConfig) -> RunConfig:
 
 
 def _require_blocks(task: Task) -> None:
-    if not task.blocks:
+    if not task.planned_blocks:
         raise PlanError(
             "model: must have repeated blocks to choose for; the adapter names none; lower"
             " data.batch_size and raise step.accumulate to save memory"

@@ -155,7 +155,10 @@ class Block:
 
     Attributes:
         name: as in the model; that of the module whose parameters it has, if it is not in it.
-        dynamic: compile it once for all sizes, where those vary from batch to batch.
+        dynamic: compile it once for all sizes, where those vary from batch to batch; 'first': for
+            all sizes of tensors' first axes, and anew where others change.
+        differentiates: it returns derivatives of its own, for a loss that is differentiated once
+            more: it is compiled with them, and is neither planned for nor recomputed.
         compile: False: no layer, and eager with `step.compile = "blocks"`, as an encoder that
             takes dates. Tensors inside of its arguments and outputs are seen where those are
             pytree nodes (`torch.utils._pytree.register_dataclass`).
@@ -164,7 +167,8 @@ class Block:
 
     name: str
     module: nn.Module
-    dynamic: bool = False
+    dynamic: bool | Literal["first"] = False
+    differentiates: bool = False
     compile: bool = True
     layer: bool = True
 
@@ -207,8 +211,8 @@ class Task:
         carry: see `Carry`; None: `data.replay` is refused.
         added: tensors beside the family's own, which a pretrained checkpoint need not have: where
             it has none, they stay as built, and are reported as new.
-        double_backward: the loss differentiates the model in training, so that its backward pass
-            goes through the model's own: nothing is then compiled.
+        double_backward: the loss is of derivatives of the model, so that its backward pass goes
+            through another: only blocks that differentiate themselves are then compiled.
         new_heads: modules that the adapter has made for this run, beside those of
             `finetune.new_heads`: `finetune.method = 'lora'` trains them too.
         notes: what else the load report says, such as which parts of a checkpoint are dropped.
@@ -238,6 +242,11 @@ class Task:
     def layer_blocks(self) -> list[Block]:
         """The layers, for layer-wise decay and norms by layer."""
         return [block for block in self.compiled_blocks if block.layer]
+
+    @property
+    def planned_blocks(self) -> list[Block]:
+        """Those that may be recomputed."""
+        return [block for block in self.blocks if not block.differentiates]
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,11 @@ def nothing_fits(
     held = sum(p.nbytes for p in (*step.task.model.parameters(), *parameters))
     config = step.optimizer.config
     now = state_bytes(config)
-    tried = "even with every block recomputed" if step.task.blocks else "and no block to recompute"
+    tried = (
+        "even with every block recomputed"
+        if step.task.planned_blocks
+        else "and no block to recompute"
+    )
     lines = [
         f"memory.budget: no plan fits {limit / GIB:.2f} GiB, {tried};"
         f" weights and gradients take {held / GIB:.2f} GiB, the optimizer's state"

@@ -15,9 +15,11 @@ from fastft.adapters.pet.build import build_model, trained_by_heads
 from fastft.adapters.pet.checkpoint import describe, save
 from fastft.adapters.pet.checks import atoms_checks
 from fastft.adapters.pet.data import Structures, open_structures, with_neighbours
+from fastft.adapters.pet.energy import make_block
 from fastft.adapters.pet.lora import low_rank_names, merge_updates
 from fastft.adapters.pet.loss import PetLoss
 from fastft.adapters.pet.options import PetOptions
+from fastft.adapters.pet.pairs import adaptive_settings, with_near_pairs
 from fastft.adapters.pet.presets import optim_presets
 from fastft.adapters.pet.scores import PetScores
 from fastft.adapters.pet.targets import (
@@ -52,7 +54,8 @@ class PetAdapter:
         self.options = options
         self.targets = RunTargets((options.target,))
         # Of what `build` made.
-        self._cutoff, self._elements, self._adaptive = 0.0, (), False
+        self._cutoff, self._elements = 0.0, ()
+        self._adaptive: dict[str, Any] | None = None
         self._units: dict[str, str] = {}
         self._fitted: tuple[str, ...] = ()
         # Training data by name, before neighbours are looked for.
@@ -100,11 +103,12 @@ class PetAdapter:
         self._units.clear()
         self._units.update({name: unit_of(model, name) for name in targets.names})
         self._model = model
-        self._adaptive = model.num_neighbors_adaptive is not None
+        self._adaptive = adaptive_settings(model)
         model.to(device)
         return Task(
             model=model,
             loss=PetLoss(options, targets.names),
+            blocks=[make_block(model)],
             heads=trained_by_heads(model, options, targets.trained),
             metrics={"errors": PetScores(self._units)},
             low_rank=low_rank_names(model),
@@ -139,9 +143,10 @@ class PetAdapter:
     def transform(self, sample: Sample, split: Split) -> Sample:
         """The sample, in training turned at random, with its neighbours."""
         augment = self.options.augment and split == "train"
-        return with_neighbours(
+        sample = with_neighbours(
             sample, cutoff=self._cutoff, elements=self._elements, augment=augment
         )
+        return sample if self._adaptive is None else with_near_pairs(sample, self._adaptive)
 
     def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """See `fastft.adapters.pet.batch`."""
@@ -151,7 +156,6 @@ class PetAdapter:
             dtype=getattr(torch, options.dtype),
             forces=options.forces,
             stress=options.stress,
-            grid=not self._adaptive,
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:

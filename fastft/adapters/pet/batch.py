@@ -2,7 +2,7 @@
 
 Shapes, for B structures with N atoms and P pairs in all: `positions` [N, 3], `species` and `system`
 [N], `cells` [B, 3, 3], `atoms` [B], `target` [B], `centers` and `neighbours` [P], `shifts` [P, 3],
-and what `make_grid` returns; the labels `energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in
+and what `lay_out` returns; the labels `energy` [B], `forces` [N, 3] and `stress` [B, 3, 3] in
 float64, NaN where there is none. `target` counts the adapter's targets; a sample's is its own field
 of that name, 0 where it has none.
 """
@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastft.adapters.pet.pairs import make_grid
+from fastft.adapters.pet.pairs import lay_out
 from fastft.task import Sample
 
 
 def collate(
-    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool, grid: bool
+    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool
 ) -> dict[str, Tensor]:
     """One batch.
 
     Args:
         dtype: of positions and cells.
         forces, stress: whether the batch holds these labels.
-        grid: whether the model's pairs are known by now.
     """
     structures = [sample["structure"] for sample in samples]
     sizes = [len(structure["species"]) for structure in structures]
@@ -38,14 +37,12 @@ def collate(
         "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
         "atoms": torch.tensor(sizes),
         "target": torch.tensor([sample.get("target", 0) for sample in samples]),
-        "shifts": _joined(found, "shifts"),
     }
+    pairs = {name: _joined(found, name) for name in found[0]}
     for name in ("centers", "neighbours"):
-        moved = [pairs[name] + start for pairs, start in zip(found, starts, strict=True)]
-        batch[name] = torch.from_numpy(np.concatenate(moved))
-    if grid:
-        pairs = (batch["centers"], batch["neighbours"], batch["shifts"])
-        batch |= make_grid(*pairs, atoms=sum(sizes))
+        moved = [each[name] + start for each, start in zip(found, starts, strict=True)]
+        pairs[name] = torch.from_numpy(np.concatenate(moved))
+    batch |= lay_out(**{"near": None, **pairs}, atoms=sum(sizes))
     shapes: dict[str, Sequence[tuple[int, ...]]] = {"energy": [()] * len(samples)}
     if forces:
         shapes["forces"] = [(size, 3) for size in sizes]

@@ -8,12 +8,13 @@ from typing import Any
 import ase
 import ase.io
 import pytest
+import tomli_w
 import torch
 from small_pet import TINY, make_structure
 
 from fastft.adapters.pet import PetAdapter, PetOptions
 from fastft.runfile import parse
-from fastft.task import Batch, Sample, Task
+from fastft.task import Task
 
 
 @pytest.fixture
@@ -55,14 +56,37 @@ def atoms_file(tmp_path: Path, structures: list[ase.Atoms]) -> Path:
 
 
 @pytest.fixture
+def pet_run(project: Path, make_adapter: Any, structures: Any) -> str:
+    """A run file of four steps over twelve structures, in the current folder."""
+    ase.io.write("atoms.xyz", structures, format="extxyz")
+    tree = {
+        "run": {"folder": "run", "steps": 4, "device": "cpu"},
+        "model": {
+            "adapter": "pet",
+            "options": {
+                "elements": ["H", "C", "O"],
+                "stress": True,
+                "hypers": make_adapter().options.hypers,
+            },
+        },
+        "data": {
+            "train": [{"path": "atoms.xyz", "options": {"frames": ":9"}, "name": "train"}],
+            "validation": [{"path": "atoms.xyz", "options": {"frames": "9:"}, "name": "held out"}],
+            "batch_size": 4,
+            "checks": {"ignore": ["missing"]},
+        },
+        "optim": {"name": "adam", "lr": 0.01},
+        "log": {"every_steps": 1},
+        "evaluate": {"metrics": [{"name": "mae", "prediction": "forces", "target": "forces"}]},
+    }
+    Path("pet.toml").write_text(tomli_w.dumps(tree))
+    return "pet.toml"
+
+
+@pytest.fixture
 def ethanol() -> Path:
     folder = os.environ.get("FASTFT_DATA")
     path = Path(folder or "", "atoms", "ethanol_reduced_100.xyz")
     if not folder or not path.is_file():
         pytest.skip("needs real molecules: FASTFT_DATA is not set, or has no atoms")
     return path
-
-
-def make_batch(adapter: PetAdapter, samples: Any, split: Any = "validation") -> Batch:
-    made: list[Sample] = [adapter.transform(dict(s), split) for s in samples]
-    return Batch(adapter.collate(made), len(made))

@@ -13,6 +13,7 @@ import torch
 from ase.db import connect
 
 from fastft.adapters.pet.data import with_neighbours
+from fastft.adapters.pet.pairs import padded_width
 from fastft.config import DataSource
 from fastft.errors import ConfigError, DataError
 
@@ -131,7 +132,19 @@ def test_batches_concatenate(make_adapter: Any, build: Any, atoms_file: Path) ->
     assert batch["stress"].isnan().all((1, 2)).tolist() == [True, False, True]
     # Pairs stay within their structure.
     assert torch.equal(batch["system"][batch["centers"]], batch["system"][batch["neighbours"]])
-    assert len(batch["centers"]) == sum(len(s["neighbours"]["centers"]) for s in samples)
+    present, reverse = batch["present"], batch["reverse"].flatten()
+    assert present.sum() == sum(len(s["neighbours"]["centers"]) for s in samples)
+    # Empty places go from an atom to itself, and every place is named once.
+    own = batch["centers"] == batch["neighbours"]
+    assert (own & (batch["shifts"] == 0).all(1)).tolist() == (~present).flatten().tolist()
+    assert torch.equal(reverse[reverse], torch.arange(present.numel()))
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "width"), [(0, 7), (7, 7), (8, 15), (52, 55), (63, 63), (64, 79), (128, 159)]
+)
+def test_widths_are_few(neighbours: int, width: int) -> None:
+    assert padded_width(neighbours) == width
 
 
 def test_absent_labels_are_named(make_adapter: Any, rename: Any) -> None:

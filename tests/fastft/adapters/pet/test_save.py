@@ -51,17 +51,19 @@ def load(adapter: Any, task: Any, path: Path) -> Any:
     return load_weights(task.model, weights, config, {}, [*task.added, *task.low_rank])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_upstream_predicts_the_same_to_the_bit(saved: Any, atoms_file: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_upstream_predicts_the_same(
+    saved: Any, atoms_file: Path, dtype: str, tolerance: float
+) -> None:
     path, task, ours = saved(dtype=dtype)
     model = load_model(path)
     exported = model.export().to(getattr(torch, dtype))
     theirs = Upstream(task.model, atoms_file, stress=False).predict(exported.eval())
-    assert torch.equal(ours["forces"], theirs["forces"])
-    if dtype == "float64":
-        assert torch.equal(ours["energy"], theirs["energy"])
+    largest = theirs["forces"].abs().max().item()
+    assert (ours["forces"] - theirs["forces"]).abs().max() <= tolerance * largest
     # Upstream adds the composition in the model's precision, fastft in float64.
-    torch.testing.assert_close(ours["energy"].to(theirs["energy"].dtype), theirs["energy"])
+    energy = ours["energy"].to(theirs["energy"].dtype)
+    torch.testing.assert_close(energy, theirs["energy"], rtol=tolerance, atol=0)
 
 
 def test_a_checkpoint_loads_as_it_was(

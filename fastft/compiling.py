@@ -1,0 +1,122 @@
+"""torch.compile as fastft uses it: what is inside, what varies, what a partitioner may keep."""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fastft.precision import Precision
+
+Forward = Callable[..., Any]
+
+
+def compiled(
+    forward: Forward,
+    precision: Precision,
+    dynamic: bool | Literal["first"] | None = None,
+    *,
+    fullgraph: bool = True,
+    backend: Any = "inductor",
+) -> Forward:
+    """`torch.compile` of a forward with its autocast inside.
+
+    Around it, torch 2.11 would run the compiled backward under autocast too, unlike eager (pytorch
+    issue 153044).
+
+    Args:
+        dynamic: see `Block`; None: torch decides.
+    """
+    cast(Any, functorch_config).backward_pass_autocast = "off"
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with precision.autocast():
+            return forward(*arguments, **keywords)
+
+    function = torch.compile(run, dynamic=dynamic and True, fullgraph=fullgraph, backend=backend)
+    return _first_axes_vary(function) if dynamic == "first" else function
+
+
+def _first_axes_vary(function: Forward) -> Forward:
+    """Sizes of tensors' other axes are constants of what is compiled, which saves half of the time
+    that it takes, and is faster."""
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        for leaf in tree_leaves((arguments, keywords)):
+            if isinstance(leaf, Tensor):
+                cast(Any, torch._dynamo).mark_static(leaf, list(range(1, leaf.ndim)))
+        return function(*arguments, **keywords)
+
+    return run
+
+
+def allow_graphs(count: int) -> None:
+    """Raises Dynamo's limit for `count` blocks, in train and eval mode, and makes it an error.
+
+    All blocks share one code object, and torch's limit is per code object. Past it torch would go
+    on uncompiled, and say so only in a log.
+    """
+    # Here, because it takes a second to import.
+    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit, 8 * count)
+    dynamo.accumulated_recompile_limit = max(
+        dynamo.accumulated_recompile_limit, dynamo.recompile_limit
+    )
+    dynamo.fail_on_recompile_limit_hit = True
+
+
+def trace_derivatives() -> None:
+    """Lets Dynamo trace `torch.autograd.grad`, with the model's floats as constants: else it finds
+    late that it must, and traces all of it again."""
+    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
+    dynamo.trace_autograd_ops = True
+    dynamo.specialize_float = True
+
+
+@functools.cache
+def backend_keeping(share: float) -> Callable[..., Any]:
+    """Inductor with a partitioner that keeps at most this share; one object per share, because
+    Dynamo tells compiled graphs of one code object apart by their backend."""
+
+    def backend(graph: Any, inputs: Any, **options: Any) -> Any:
+        inductor = cast(Any, importlib.import_module("torch._inductor.compile_fx"))
+        passes = importlib.import_module("torch._inductor.custom_graph_pass")
+
+        class Pass(passes.CustomGraphPass):
+            def __call__(self, graph: Any) -> None:
+                _keep_random_numbers(graph)
+
+            def uuid(self) -> str:
+                return "fastft: random numbers are kept, 1"
+
+        with (
+            cast(Any, functorch_config).patch(activation_memory_budget=share),
+            inductor.config.patch(joint_custom_post_pass=Pass()),
+        ):
+            return inductor.compile_fx(graph, inputs, **options)
+
+    return backend
+
+
+def _keep_random_numbers(graph: Any) -> None:
+    """Below a full budget torch 2.11's partitioner may draw them anew in the backward pass, which
+    makes gradients wrong without a word (pytorch issues 190717, 190758)."""
+    for node in graph.nodes:
+        if node.op == "call_function" and draws_numbers(node.target, node.args, node.kwargs):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def draws_numbers(operator: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Whether a call takes random numbers; attention does only where it has dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    return bool(arguments[place] if place < len(arguments) else keywords.get("dropout_p", 0.0))
