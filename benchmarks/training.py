@@ -201,15 +201,28 @@ def sweep(forwards: BlockForwards, shares: Sequence[float]) -> Iterator[str]:
 
 
 class Records:
-    """Rows of one case: printed and appended as they come, so that none is lost."""
+    """Rows of one case: printed and appended as they come, so that none is lost.
 
-    def __init__(self, case: str, samples: int, flops: float, out: Path) -> None:
+    Args:
+        tolerances: relative, by which losses and gradient norms may differ between rows.
+    """
+
+    def __init__(
+        self,
+        case: str,
+        samples: int,
+        flops: float,
+        out: Path,
+        precision: str = PRECISION,
+        tolerances: tuple[float, float] = (LOSS_TOLERANCE, NORM_TOLERANCE),
+    ) -> None:
         self.case, self._samples, self._flops, self._out = case, samples, flops, out
+        self._tolerances = tolerances
         self.rows: list[dict[str, Any]] = []
         self.wrong: list[str] = []
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._stamp = {"time": now, "machine": environment(DEVICE)}
-        self._peak = peak_flops(torch.cuda.get_device_name(DEVICE), PRECISION)
+        self._peak = peak_flops(torch.cuda.get_device_name(DEVICE), precision)
         self._same: list[float] = []
 
     def add(self, runner: str, measure: Callable[[], dict[str, Any]], **more: Any) -> None:
@@ -235,8 +248,7 @@ class Records:
     def _compare(self, row: dict[str, Any]) -> None:
         self._same = self._same or row["same"]
         for i, (a, b) in enumerate(zip(row["same"], self._same, strict=True)):
-            tolerance = NORM_TOLERANCE if i % 2 else LOSS_TOLERANCE
-            if not math.isclose(a, b, rel_tol=tolerance):
+            if not math.isclose(a, b, rel_tol=self._tolerances[i % 2]):
                 self.wrong.append(f"{row['runner']}: {'norm' if i % 2 else 'loss'} {a}, not {b}")
 
     def table(self) -> Table:
