@@ -70,7 +70,7 @@ def _launch(
 
 def _launch_forward(qkv: Tensor, heads: int, grid: Grid, y: Tensor) -> None:
     main, tail = _parts(grid.tokens)
-    options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "num_warps": 4}
+    options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "num_warps": 4, "num_stages": 1}
     _launch(forward, (qkv, y), qkv, heads, grid, **options)
 
 
@@ -79,9 +79,9 @@ def _launch_backward(dy: Tensor, qkv: Tensor, heads: int, grid: Grid, dqkv: Tens
     statistics = qkv.new_empty((count, grid.tokens, 2), dtype=torch.float32)
     tensors = (dy, qkv, dqkv, statistics)
     main, tail = _parts(grid.tokens)
-    options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "num_warps": 4}
+    options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "num_warps": 4, "num_stages": 1}
     _launch(queries_backward, tensors, qkv, heads, grid, **options)
-    options = {"KEYS": 64, "ROWS": 64, "num_warps": 4}
+    options = {"KEYS": 64, "ROWS": 16, "num_warps": 4, "num_stages": 3}
     parts = ceil_div(grid.tokens, 64)
     _launch(keys_backward, tensors, qkv, heads, grid, parts, **options)
 
