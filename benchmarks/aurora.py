@@ -1,18 +1,15 @@
 """Aurora at 721 x 1440 points and 13 levels: upstream's recipe beside fastft, in one process.
 
-Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--autocast all tf32]
-    [--residual fp32 bf16] [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB]
-    [--skip-upstream]
+Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--modes bf16 ...]
+    [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--skip-upstream]
 
 Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
 its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
-blocks one way; `--budgets` plans. Encoder and decoder run in bf16 (all), as upstream in float32
-(backbone), or in TF32. Memory is held to 80 GB for all, as an A100 has.
+blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has.
 """
 
 import argparse
 import gc
-import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,12 +41,22 @@ SIZES = {
     "tiny": ("AuroraSmallPretrained", (17, 32), 0.0),
 }
 BATCHES, STEPS = 2, 4
+# `[model.options]` and `[step]`: which parts compute in what.
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bf16 backbone": ({"autocast": "backbone"}, {"precision": "bf16"}),
+    "bf16 backbone, TF32": (
+        {"autocast": "backbone", "residual": "autocast"},
+        {"precision": "bf16", "tf32": True},
+    ),
+    "bf16": ({"autocast": "all", "residual": "autocast"}, {"precision": "bf16"}),
+    "bf16, fp32 residual": ({"autocast": "all"}, {"precision": "bf16"}),
+    "fp16": ({"autocast": "all", "residual": "autocast"}, {"precision": "fp16"}),
+}
 
 
-def make_adapter(size: str, autocast: str, residual: str = "fp32") -> AuroraAdapter:
+def make_adapter(size: str, **options: Any) -> AuroraAdapter:
     """All levels and variables of the class."""
-    inside = "all" if autocast == "all" else "backbone"
-    tree = {"model_class": SIZES[size][0], "autocast": inside, "residual": residual}
+    tree = {"model_class": SIZES[size][0], **options}
     return AuroraAdapter(parse(AuroraOptions, tree, key="model.options"))
 
 
@@ -180,15 +187,13 @@ def measure_ours(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
     return row | break_down(lambda: step(0, batches[:1]), PRECISION)
 
 
-def rows_of_fastft(
-    arguments: argparse.Namespace, autocast: str, residual: str, records: Records
-) -> Iterator[str]:
+def rows_of_fastft(arguments: argparse.Namespace, mode: str, records: Records) -> Iterator[str]:
     """Measures every way and budget; yields what could not be planned."""
-    adapter = make_adapter(arguments.size, autocast, residual)
-    name = f"fastft, autocast {autocast}" + (", bf16 residual" if residual == "bf16" else "")
+    options, settings = MODES[mode]
+    adapter, name = make_adapter(arguments.size, **options), f"fastft, {mode}"
     batches = make_batches(adapter, arguments.size, DEVICE)
-    settings = {"precision": PRECISION, "compile": "blocks", "tf32": autocast == "tf32"}
-    step, forwards = trainer_step(make_task(adapter, DEVICE), DEVICE, OPTIM, CLIP, **settings)
+    task = make_task(adapter, DEVICE)
+    step, forwards = trainer_step(task, DEVICE, OPTIM, CLIP, compile="blocks", **settings)
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
         records.add(f"{name}, {way}", lambda: measure_ours(step, batches))
@@ -214,10 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Aurora beside upstream's recipe.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument(
-        "--autocast", nargs="*", choices=["all", "backbone", "tf32"], default=["all"]
-    )
-    parser.add_argument("--residual", nargs="*", choices=["fp32", "bf16"], default=["fp32"])
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["bf16"])
     parser.add_argument("--ways", nargs="*", default=["recompute all"])
     parser.add_argument("--budgets", nargs="*", default=[])
     parser.add_argument("--skip-upstream", action="store_true")
@@ -225,14 +227,14 @@ def main() -> None:
     records = Records(f"aurora, {arguments.size}", 1, SIZES[arguments.size][2], arguments.out)
     enforce(budget_bytes(parse_bytes("80GB"), DEVICE), DEVICE)
     if not arguments.skip_upstream:
-        adapter = make_adapter(arguments.size, "backbone")
+        adapter = make_adapter(arguments.size)
         batches = make_batches(adapter, arguments.size, DEVICE)
         records.add(
             "upstream's recipe",
             lambda: measure_upstream(make_task(adapter, DEVICE), arguments.size, batches),
         )
-    for autocast, residual in itertools.product(arguments.autocast, arguments.residual):
-        for problem in rows_of_fastft(arguments, autocast, residual, records):
+    for mode in arguments.modes:
+        for problem in rows_of_fastft(arguments, mode, records):
             print(problem, flush=True)
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """Aurora's gradients and losses beside upstream's: how far each is from upstream in float32.
 
 Usage: python -m benchmarks.aurora_parity OUT.jsonl [--size full small tiny] [--steps 20]
+    [--modes bf16 ...]
 
 All start from the same random weights, the modulation of the Swin blocks among them, and see the
 same random fields. A tensor's error is the norm of the difference over the norm of the float32
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.aurora import SIZES, UpstreamStep, make_adapter, make_batches, make_task
+from benchmarks.aurora import MODES, SIZES, UpstreamStep, make_adapter, make_batches, make_task
 from benchmarks.models import trainer_step
 from benchmarks.training import CLIP, DEVICE
 from fastft.blocks import RECOMPUTE
@@ -28,34 +29,33 @@ from fastft.runtime import environment
 from fastft.task import Batch
 
 OPTIM = OptimConfig(lr=1e-4, weight_decay=0.05, schedule=ScheduleConfig(name="constant"))
-# Autocast and residual of fastft's runs; None: upstream's recipe.
-RUNS: dict[str, tuple[str, str] | None] = {
-    "upstream, bf16": None,
-    "fastft, bf16 throughout": ("all", "fp32"),
-    "fastft, bf16 throughout, bf16 residual": ("all", "bf16"),
-}
 SHARES = (0.5, 0.9, 1.0)
 
 
 def upstream(size: str, autocast: bool) -> tuple[Callable[[Batch], Any], Any, Any]:
     """(loss and gradients, whole step, parameters by name)."""
-    task = make_task(make_adapter(size, "backbone"), DEVICE)
+    task = make_task(make_adapter(size), DEVICE)
     step = UpstreamStep(task, size, OPTIM, autocast)
     task.model.to("cpu")
     return step.gradients, step, step.parameters
 
 
-def fastft(size: str, autocast: str, residual: str) -> tuple[Callable[[Batch], Any], Any, Any]:
-    """As `upstream`; the gradients clipped too."""
-    task = make_task(make_adapter(size, autocast, residual), DEVICE)
-    settings = {"precision": "bf16", "compile": "blocks"}
-    step, forwards = trainer_step(task, DEVICE, OPTIM, CLIP, **settings)
+def fastft(size: str, mode: str) -> tuple[Callable[[Batch], Any], Any, Any]:
+    """As `upstream`."""
+    options, settings = MODES[mode]
+    task = make_task(make_adapter(size, **options), DEVICE)
+    step, forwards = trainer_step(task, DEVICE, OPTIM, CLIP, compile="blocks", **settings)
     forwards.use_everywhere(RECOMPUTE)
+    # That of the first step's loss in fp16.
+    scale = 2.0**16 if settings["precision"] == "fp16" else 1.0
 
     def gradients(batch: Batch) -> None:
         with step.precision.autocast():
             loss = task.loss(task.model, batch)
-        loss.total.backward()
+        (scale * loss.total).backward()
+        for parameter in task.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
         nn.utils.clip_grad_norm_(task.model.parameters(), CLIP)
 
     def run(batch: Batch) -> Tensor:
@@ -95,19 +95,21 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["bf16"])
     arguments = parser.parse_args()
-    batches = make_batches(make_adapter(arguments.size, "backbone"), arguments.size, DEVICE)
+    batches = make_batches(make_adapter(arguments.size), arguments.size, DEVICE)
     gradients, step, parameters = upstream(arguments.size, autocast=False)
     gradients(batches[0])
     truth = take_gradients(parameters)
     del gradients, step, parameters
     table = Table("run", "median", "90 %", "most", "beyond 1.25 x", "loss, first", "last", "apart")
     theirs: dict[str, Any] = {}
-    for name, how in RUNS.items():
+    for mode in (None, *arguments.modes):
+        name = f"fastft, {mode}" if mode else "upstream, bf16"
         gc.collect()
         torch.cuda.empty_cache()
         torch._dynamo.reset()
-        made = fastft(arguments.size, *how) if how else upstream(arguments.size, autocast=True)
+        made = fastft(arguments.size, mode) if mode else upstream(arguments.size, autocast=True)
         gradients, step, parameters = made
         gradients(batches[0])
         errors = distances(truth, take_gradients(parameters))

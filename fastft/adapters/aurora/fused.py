@@ -1,4 +1,4 @@
-"""Swin blocks and perceivers on fastft's kernels, where they compute in 16 bits.
+"""Swin blocks, where they compute in 16 bits, and perceivers on fastft's kernels.
 
 Upstream rolls, pads and cuts the grid into windows, and back, with a copy each, masks shifted
 windows by a dense matrix, and norms in float32 operator by operator. A linear layer does not mind
@@ -19,23 +19,23 @@ from aurora.model.perceiver import PerceiverAttention
 from aurora.model.swin3d import Swin3DTransformerBlock, WindowAttention
 from aurora.model.util import maybe_adjust_windows
 from fastft_kernels import adaptive_layer_norm, short_attention, window_attention
-from fastft_kernels.device import HEAD_COLUMNS
+from fastft_kernels.device import FLOAT_DTYPES, HEAD_COLUMNS
 from fastft_kernels.short_attention import MAX_TOKENS as MAX_LEVELS
 from fastft_kernels.window_attention import MAX_TOKENS as MAX_WINDOW
 from fastft_kernels.window_grid import Grid
 from torch import Tensor, nn
 
 Triple = tuple[int, int, int]
-Residual = Literal["fp32", "bf16"]
+Residual = Literal["fp32", "autocast"]
 _LOW = (torch.bfloat16, torch.float16)
 
 
 def use_kernels(model: nn.Module, residual: Residual) -> None:
-    """Sets the forwards of Swin blocks and perceivers, which in 32 bits are upstream's.
+    """Sets the forwards of Swin blocks, which in 32 bits are upstream's, and of perceivers.
 
     Args:
-        residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'bf16': it has
-            the precision of the rest.
+        residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'autocast': it
+            has the precision of the rest.
     """
     forward = _swin_forward(residual == "fp32")
     # Bound, so that a deep copy of the module computes with the copy's weights.
@@ -104,7 +104,7 @@ def _normed(norm: AdaptiveLayerNorm, x: Tensor, c: Tensor, residual: Tensor) -> 
 
 def _attend_levels(self: PerceiverAttention, latents: Tensor, x: Tensor) -> Tensor:
     """Of `[B, L1, D1]`, which may be one sample's expanded, to `[B, L2, D2]`."""
-    if _dtype(x) not in _LOW or max(latents.shape[1], x.shape[1]) > MAX_LEVELS:
+    if max(latents.shape[1], x.shape[1]) > MAX_LEVELS or _dtype(x) not in FLOAT_DTYPES:
         return PerceiverAttention.forward(self, latents, x)
     same = latents.stride(0) == 0
     q = self.ln_q(self.to_q(latents[:1] if same else latents))

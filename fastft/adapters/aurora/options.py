@@ -145,12 +145,12 @@ class AuroraOptions:
     kernels: Annotated[
         Literal["auto", "off"],
         Field(
-            description="'auto': on a GPU, Swin blocks that compute in 16 bits run on fastft's"
-            " kernels, which round otherwise than upstream's forward; 'off': on upstream's."
+            description="'auto': on a GPU, perceivers and Swin blocks that compute in 16 bits run"
+            " on fastft's kernels, which round otherwise than upstream's; 'off': none does."
         ),
     ] = "auto"
     residual: Annotated[
-        Literal["fp32", "bf16"],
+        Literal["fp32", "autocast"],
         Field(
             description="With the kernels: precision of what the Swin blocks add to, upstream's or"
             " that of step.precision, which takes less time and memory."

@@ -66,7 +66,7 @@ def test_formulas_are_upstreams(shift: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(distance(ours, theirs).values()) < 1e-5
 
 
-@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+@pytest.mark.parametrize("residual", ["fp32", "autocast"])
 def test_one_graph_in_16_bits(residual: Any) -> None:
     block = fused(make_block((1, 3, 6)), residual)
     plain = outcome(block, autocast=True)
@@ -77,7 +77,7 @@ def test_one_graph_in_16_bits(residual: Any) -> None:
 
 def test_low_precision_stays_where_it_is_wanted() -> None:
     x, c = torch.randn(1, 306, 64, dtype=torch.bfloat16), torch.randn(1, 32)
-    for residual, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for residual, dtype in (("fp32", torch.float32), ("autocast", torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16):
             y = fused(make_block((0, 0, 0)), residual)(x, c, GRID, 0)  # type: ignore[arg-type]
         assert y.dtype is dtype
@@ -120,7 +120,7 @@ def test_a_whole_model(more: Any, make_adapter: Any, build: Any, make_samples: A
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+@pytest.mark.parametrize("residual", ["fp32", "autocast"])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 3, 6)])
 def test_as_near_to_the_truth_as_upstream(shift: Any, residual: Any) -> None:
     gpu = torch.device("cuda")
@@ -155,7 +155,7 @@ def perceive(resampler: Any, batch: int, autocast: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"ln_k_q": True}, {"depth": 2}], ids=str)
-def test_perceivers(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perceivers(settings: Any) -> None:
     def make() -> PerceiverResampler:
         torch.manual_seed(0)
         sizes = {"latent_dim": 32, "context_dim": 32, "head_dim": 16, "num_heads": 2}
@@ -164,9 +164,8 @@ def test_perceivers(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, low = (perceive(make(), 7, autocast) for autocast in (False, True))
     resampler = make()
     use_kernels(resampler, "fp32")
-    assert all(torch.equal(v, whole[n]) for n, v in perceive(resampler, 7, autocast=False).items())
+    assert max(distance(perceive(resampler, 7, autocast=False), whole).values()) < 1e-5
     ours, theirs = distance(perceive(resampler, 7, autocast=True), whole), distance(low, whole)
     assert all(error < 2 * theirs[name] + 1e-3 for name, error in ours.items())
-    monkeypatch.setattr(fused_module, "_LOW", (torch.float32,))
     resampler.forward = torch.compile(resampler.forward, fullgraph=True, backend="aot_eager")
     assert max(distance(perceive(resampler, 7, autocast=False), whole).values()) < 1e-5
