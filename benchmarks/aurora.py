@@ -1,11 +1,12 @@
 """Aurora at 721 x 1440 points and 13 levels: upstream's recipe beside fastft, in one process.
 
 Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--modes bf16 ...]
-    [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--skip-upstream]
+    [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--rollout 2] [--skip-upstream]
 
 Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
 its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
-blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has.
+blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has. Upstream is
+measured at one step of the roll-out.
 """
 
 import argparse
@@ -34,9 +35,10 @@ from fastft.runfile import parse
 from fastft.step import TrainingStep
 from fastft.task import Batch, Task
 
-# Class, grid, and the FLOPs of three forwards of 97e12, as measured for the full model.
+# Class, grid, and the FLOPs of three forwards.
 SIZES = {
     "full": ("AuroraPretrained", (721, 1440), 3 * 97e12),
+    "high": ("AuroraHighRes", (1801, 3600), 3 * 91.7e12),
     "small": ("AuroraSmallPretrained", (721, 1440), 0.0),
     "tiny": ("AuroraSmallPretrained", (17, 32), 0.0),
 }
@@ -63,7 +65,10 @@ def make_adapter(size: str, **options: Any) -> AuroraAdapter:
 def make_batches(adapter: AuroraAdapter, size: str, device: torch.device) -> list[Batch]:
     """Random fields, one deviation above the means, so that there is something to learn."""
     grid, levels = SIZES[size][1], adapter.options.levels
-    variables, random = adapter.variables, np.random.default_rng(0)
+    variables, draw = adapter.variables, torch.Generator(device).manual_seed(0)
+
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return torch.randn(shape, generator=draw, device=device).cpu().numpy()
 
     def fields(names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
         found = {}
@@ -75,18 +80,19 @@ def make_batches(adapter: AuroraAdapter, size: str, device: torch.device) -> lis
             else:
                 location, scale = variables.statistics[name]
                 shape = (count, *grid)
-            noise = 1 + random.standard_normal(shape, dtype=np.float32)
+            noise = 1 + normal(shape)
             found[name] = (location + scale * noise).astype(np.float32)
         return found
 
-    static = {n: random.standard_normal(grid, dtype=np.float32) for n in variables.static}
+    static = {name: normal(grid) for name in variables.static}
+    steps = adapter.options.rollout_steps
     samples = [
         {
             "surf": fields(tuple(variables.surf), 2),
             "atmos": fields(tuple(variables.atmos), 2),
             "static": static,
-            "target_surf": fields(tuple(variables.surf), 1),
-            "target_atmos": fields(tuple(variables.atmos), 1),
+            "target_surf": fields(tuple(variables.surf), steps),
+            "target_atmos": fields(tuple(variables.atmos), steps),
             "time": np.int64(1_590_969_600 + 6 * 3600 * index),
             "lat": np.linspace(90, -90, grid[0], dtype=np.float32),
             "lon": np.linspace(0, 360, grid[1], endpoint=False, dtype=np.float32),
@@ -190,7 +196,13 @@ def measure_ours(step: TrainingStep, batches: list[Batch]) -> dict[str, Any]:
 def rows_of_fastft(arguments: argparse.Namespace, mode: str, records: Records) -> Iterator[str]:
     """Measures every way and budget; yields what could not be planned."""
     options, settings = MODES[mode]
-    adapter, name = make_adapter(arguments.size, **options), f"fastft, {mode}"
+    name = f"fastft, {mode}"
+    if arguments.rollout > 1:
+        options, name = (
+            {**options, "rollout_steps": arguments.rollout},
+            f"{name}, {arguments.rollout} steps",
+        )
+    adapter = make_adapter(arguments.size, **options)
     batches = make_batches(adapter, arguments.size, DEVICE)
     task = make_task(adapter, DEVICE)
     step, forwards = trainer_step(task, DEVICE, OPTIM, CLIP, compile="blocks", **settings)
@@ -221,6 +233,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=["bf16"])
     parser.add_argument("--ways", nargs="*", default=["recompute all"])
+    parser.add_argument("--rollout", type=int, default=1)
     parser.add_argument("--budgets", nargs="*", default=[])
     parser.add_argument("--skip-upstream", action="store_true")
     arguments = parser.parse_args()
