@@ -3,8 +3,8 @@
 The molecules are those of ASE's g2 collection (Curtiss et al. 1997) that are made of hydrogen,
 carbon, nitrogen and oxygen, have three atoms or more, and no unpaired electron. The old level is
 GFN1-xTB (Grimme et al. 2017), the new one GFN2-xTB (Bannwarth et al. 2019), both by the package
-tblite. Molecules are held out, not structures: a sixth of them is in no training data, another sixth
-only in the old level's.
+tblite. Molecules are held out, not structures: a sixth of them is in no training data, another
+sixth only in the old level's.
 
 Writes into `runs/g2/data`, in seconds.
 """
@@ -88,7 +88,7 @@ def write_data(folder: Path, old: Calculator, new: Calculator, seed: int = 0) ->
 
 def main(folder: Path) -> None:
     # Only here, so that other calculators do without it.
-    from tblite.ase import TBLite
+    from tblite.ase import TBLite  # pyright: ignore[reportMissingImports]
 
     old, new = (TBLite(method=method, verbosity=0) for method in ("GFN1-xTB", "GFN2-xTB"))
     write_data(folder, old, new)
