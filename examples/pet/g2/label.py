@@ -23,7 +23,7 @@ ELEMENTS = {"H", "C", "N", "O"}
 # Of every coordinate, in angstrom.
 SHAKE = 0.04
 # Copies of each molecule, for the old level and to hold out; structures of the new level in all.
-OLD, HELD_OUT, NEW = 48, 8, 256
+OLD, HELD_OUT, NEW = 48, 8, 512
 
 
 def molecules() -> list[ase.Atoms]:

@@ -18,7 +18,7 @@ from fastft.cli import main as fastft
 HERE = Path(__file__).parent
 FOLDER = Path("runs/g2")
 # Structures of the new level. Draws are disjoint parts of its file, and seeds.
-NUMBERS, DRAWS = (8, 32, 128), (0, 1)
+NUMBERS, DRAWS = (16, 64, 256), (0, 1)
 _INHERIT = "model.options.inherit_heads=energy"
 # Way -> run file and overrides.
 WAYS: dict[str, Sequence[str]] = {
