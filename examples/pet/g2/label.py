@@ -9,6 +9,7 @@ sixth only in the old level's.
 Writes into `runs/g2/data`, in seconds.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,10 @@ def write_data(folder: Path, old: Calculator, new: Calculator, seed: int = 0) ->
 
 def main(folder: Path) -> None:
     # Only here, so that other calculators do without it.
-    from tblite.ase import TBLite  # pyright: ignore[reportMissingImports]
+    try:
+        from tblite.ase import TBLite  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        sys.exit("label.py: needs tblite, which is not installed; run: pip install tblite==0.8.0")
 
     old, new = (TBLite(method=method, verbosity=0) for method in ("GFN1-xTB", "GFN2-xTB"))
     write_data(folder, old, new)

@@ -6,6 +6,7 @@ is `runs/g2/WAY-NUMBER-DRAW`, with its output beside it. `report.py` makes a tab
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +32,14 @@ WAYS: dict[str, Sequence[str]] = {
 
 
 def tell(numbers: Sequence[int] = NUMBERS, more: Sequence[str] = ()) -> None:
-    """Runs everything.
+    """Runs everything; folders of earlier runs are emptied first.
 
     Args:
         numbers: of structures of the new level.
         more: overrides for every run.
     """
+    if not (FOLDER / "data").is_dir():
+        sys.exit(f"{FOLDER}/data: must hold the structures; got no such folder; run label.py first")
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], None]) -> None:
@@ -63,6 +66,7 @@ def tell(numbers: Sequence[int] = NUMBERS, more: Sequence[str] = ()) -> None:
 
 def run(name: str, file: str, *overrides: str) -> None:
     """Trains, which scores on molecules of the old level alone at the end; scores on the others."""
+    shutil.rmtree(FOLDER / name, ignore_errors=True)
     arguments = _arguments(name, file, *overrides)
     _call(name, "train", *arguments)
     _call(f"{name}-test", "evaluate", *arguments, "--split", "test")

@@ -62,6 +62,8 @@ def test_the_story_scaled_down(project: Path, load: Any, monkeypatch: Any, capsy
     load("label").write_data(DATA, EMT(), MorsePotential())
     story, report = load("story"), load("report")
     monkeypatch.setattr(story, "DRAWS", (1,))
+    # As a rerun finds it.
+    story.run("pretrain", "pretrain.toml", "run.steps=1", "optim.schedule.warmup_steps=0")
     story.tell((4,), ("run.steps=2", "optim.schedule.warmup_steps=0", "log.every_steps=1"))
     monkeypatch.setattr(report.sys, "argv", ["report.py"])
     capsys.readouterr()
