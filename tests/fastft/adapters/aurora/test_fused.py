@@ -1,5 +1,6 @@
 """Swin blocks and perceivers on fastft's kernels: upstream's formulas."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from aurora.model.perceiver import PerceiverResampler
 from aurora.model.swin3d import Swin3DTransformerBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.adapters.aurora import fused as fused_module
 from fastft.adapters.aurora.fused import Residual, use_kernels
+from fastft.blocks import BlockForwards
 from fastft.precision import make_precision
 from fastft.task import Batch, Task
 
@@ -183,6 +186,48 @@ def test_a_whole_model(more: Any, make_adapter: Any, build: Any, make_samples: A
     assert set(ours) == set(theirs)
     assert not torch.equal(ours["loss"], theirs["loss"])  # The kernels' path was taken.
     assert distance(ours, theirs)["loss"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("way", "again"), [("recompute pointwise", False), ("recompute pointwise, attention", True)]
+)
+def test_attention_is_kept_as_attention(
+    way: str, again: bool, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    adapter = make_adapter(arguments=WIDE)
+    task, batch = build(adapter), Batch(adapter.collate(make_samples(adapter)), 2)
+    use_kernels(task.model, "fp32")
+    precision = make_precision("bf16", CPU)
+    forwards = BlockForwards(task, "off", precision)
+    expected = losses(task, batch, CPU)
+    forwards.use(dict.fromkeys(forwards.blocks, way))
+    with precision.autocast():
+        loss = task.loss(task.model, batch).total
+    seen: set[str] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    task.model.zero_grad()
+    with Names():
+        loss.backward()
+    for op in ("window_attention_forward", "short_attention_forward"):
+        assert (f"fastft::{op}" in seen) == again
+    assert "fastft::adaptive_norm_forward" not in seen
+    found = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    block = fused(make_block((1, 3, 6)))
+    copied, expected = copy.deepcopy(block), outcome(block, autocast=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    found = outcome(copied, autocast=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.gpu
