@@ -88,7 +88,7 @@ def _takes(qkv: Tensor) -> bool:
     return runs_triton(qkv) and qkv.dtype is torch.float32
 
 
-def _launch(kernel, tensors, qkv: Tensor, heads: int, scale: float, warps: int) -> None:
+def _launch(kernel, tensors, qkv: Tensor, heads: int, scale: float, warps: int = 4) -> None:
     samples, tokens, width = qkv.shape
     launch(
         kernel,
@@ -115,7 +115,7 @@ def _run_forward(qkv: Tensor, log_weights: Tensor, heads: int, scale: float) -> 
         return y.copy_(reference(qkv, log_weights, heads, scale))
     if y.numel():
         qkv, log_weights = qkv.contiguous(), log_weights.float().contiguous()
-        _launch(forward, (qkv, log_weights, y), qkv, heads, scale, 4)
+        _launch(forward, (qkv, log_weights, y), qkv, heads, scale)
     return y
 
 
@@ -135,7 +135,7 @@ def _run_backward(
     if dy.numel():
         dy, qkv, weights = dy.contiguous(), qkv.contiguous(), log_weights.float().contiguous()
         by_head = qkv.new_empty((len(qkv), heads, qkv.shape[1]))
-        _launch(backward, (dy, qkv, weights, dqkv, by_head), qkv, heads, scale, 4)
+        _launch(backward, (dy, qkv, weights, dqkv, by_head), qkv, heads, scale)
         _summed(by_head, dweights)
     return dqkv, dweights
 
