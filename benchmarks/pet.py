@@ -1,7 +1,7 @@
 """PET's training step beside that of `mtt train`, in one process.
 
 Usage: python -m benchmarks.pet OUT.jsonl [--precision fp32] [--cases water-4 water-16 g2-64]
-    [--size default] [--warm]
+    [--size default] [--warm] [--kernels auto]
 
 Energies and forces of water boxes (192 atoms) and of ASE's g2 molecules, at random labels; the same
 weights, batches and TF32 setting for all. Upstream's step is the body of its trainer's loop:
@@ -55,6 +55,7 @@ from benchmarks.timing import time_steps
 from benchmarks.training import CLIP, DEVICE, STEPS, Records, measure, measure_trainer
 from fastft.adapters.pet import PetAdapter, PetOptions
 from fastft.adapters.pet.baseline import fit_baseline
+from fastft.adapters.pet.fused import use_kernels
 from fastft.config import DataSource, OptimConfig, ScheduleConfig
 from fastft.graphs.choose import choose_graph
 from fastft.graphs.record import record_on_gpu
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--kernels", choices=["off", "auto"], default="off", help="of fastft's")
     arguments = parser.parse_args()
     precision = arguments.precision
     inductor = cast(Any, importlib.import_module("torch._inductor.config"))
@@ -327,6 +329,9 @@ def main() -> None:
     del upstream
     gc.collect()
     torch.cuda.empty_cache()
+    if arguments.kernels == "auto":
+        # Not before: upstream's step has the same modules.
+        use_kernels(task.model)
     step, _ = trainer_step(task, DEVICE, OPTIM, CLIP, precision=precision, compile="blocks")
     before = graph_count()
     for case, batches in hosted.items():

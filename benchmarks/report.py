@@ -1,6 +1,7 @@
-"""Writes benchmarks/README.md's tables and picture from the records of whole steps.
+"""Writes benchmarks/README.md's tables and pictures from the records of whole steps.
 
-Usage: python -m benchmarks.report STEPS.jsonl TRAINING.jsonl GRAPHS.jsonl COMPILE.jsonl ...
+Usage: python -m benchmarks.report STEPS.jsonl TRAINING.jsonl GRAPHS.jsonl COMPILE.jsonl
+    AURORA.jsonl PARITY.jsonl PET.jsonl ...
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 
+from benchmarks.models_report import aurora_tables, parity_tables, pet_tables, plot_aurora
 from benchmarks.table import table
 
 mpl.use("Agg")
@@ -128,7 +130,16 @@ TABLES: dict[str, Callable[[list[Record]], list[str]]] = {
     "training": training_tables,
     "graphs": graph_tables,
     "compile_time": compile_tables,
+    "aurora": aurora_tables,
+    "aurora_parity": parity_tables,
+    "pet": pet_tables,
 }
+
+
+def kind_of(record: Record) -> str:
+    """Of a file's records; Aurora and PET are measured as other training is."""
+    name = record.get("case", "").partition(",")[0]
+    return name if name in TABLES else record["benchmark"]
 
 
 def main() -> None:
@@ -137,8 +148,11 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         lines += ["", f"`results/{path.name}`, one {device(records[0])}."]
-        tables = TABLES[records[0]["benchmark"]]
+        tables = TABLES[kind_of(records[0])]
         lines += tables(records)
+        if tables is aurora_tables:
+            picture = plot_aurora(records, path)
+            lines += ["", f"![time of a step by kind of kernel](results/{picture.name})"]
         training += records if tables is training_tables else []
     if training:
         plot(training)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, PLOT = ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "results" / "layer_norm.png"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PROVIDERS = ("fastft", "fastft, bf16 weights", "eager", "compile", "compile, fp32 weights", "liger")
+ATTENTION = ("fastft", "torch", "torch.compile")
 Record = dict[str, Any]
 
 
@@ -34,7 +35,8 @@ def cell(record: Record | None) -> str:
 def what_of(record: Record) -> tuple[Any, ...]:
     """What a record is of: two with the same are two measurements of one thing."""
     names = ("op", "direction", "provider", "rows", "columns", "state", "groups", "monitor")
-    return tuple(record.get(name) for name in names)
+    names += ("size", "shifted", "queries")
+    return tuple(str(record.get(name)) for name in names)
 
 
 def norm_tables(records: list[Record]) -> list[str]:
@@ -42,7 +44,7 @@ def norm_tables(records: list[Record]) -> list[str]:
     found = {
         (r["op"], r["direction"], r["provider"], r["rows"] == 4096, r["columns"]): r
         for r in records
-        if "direction" in r
+        if "columns" in r
     }
     columns = sorted({key[4] for key in found})
     lines = []
@@ -59,6 +61,27 @@ def norm_tables(records: list[Record]) -> list[str]:
                 lines += ["", f"`{op}`, {size}, share of a copy by N:", ""]
                 lines += table(["direction", "provider", *map(str, columns)], rows)
     return lines
+
+
+def attention_table(records: list[Record]) -> list[str]:
+    """Microseconds of each provider, and our share of a copy; Aurora's sizes at 0.25 degrees."""
+    found: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in records:
+        if r["op"] == "window_attention":
+            size = " x ".join(map(str, r["size"]))
+            what = f"`window_attention`, {size}, {r['heads']} heads"
+            what += ", shifted" if r["shifted"] else ""
+        elif r["op"] == "short_attention":
+            what = f"`short_attention`, {r['samples']} samples, {r['queries']} x {r['keys']} tokens"
+        else:
+            continue
+        found.setdefault((what, r["direction"]), {})[r["provider"]] = r
+    rows = []
+    for (what, direction), by in found.items():
+        times = [f"{by[p]['p50_us']:.0f}" if p in by else "-" for p in ATTENTION]
+        rows.append([what, direction, *times, cell(by.get("fastft"))])
+    header = ["bf16, heads of 64 columns", "direction", *(f"{p}, us" for p in ATTENTION), "share"]
+    return ["", *table(header, rows)] if rows else []
 
 
 def optimizer_tables(records: list[Record]) -> list[str]:
@@ -117,7 +140,7 @@ def main() -> None:
         ]
     # A later file replaces what it has measured again.
     records = list({what_of(r): r for path in paths for r in read(path)}.values())
-    lines += [*optimizer_tables(records), *norm_tables(records)]
+    lines += [*optimizer_tables(records), *attention_table(records), *norm_tables(records)]
     text = README.read_text()
     head, rest = text.split(BEGIN)
     README.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))

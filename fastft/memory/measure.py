@@ -28,6 +28,8 @@ from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
 
 _ROUNDS = 3
+# Of what all blocks keep: a kind of block with a smaller share has two ways, all and least.
+_LITTLE = 0.01
 # How torch's selective checkpointing refuses a block that changes in place what it was to keep.
 _IN_PLACE = "has been mutated"
 
@@ -209,35 +211,64 @@ def measure_blocks(
     """Block name -> way -> its cost, for the named ways that are on its menu.
 
     Each distinct block is measured once. All its ways are timed in turns, so that a device that
-    changes its clock changes it for all of them.
+    changes its clock changes it for all of them. What lies between the first way and the last is
+    left out for blocks that keep little: a way of a compiled block takes seconds to compile.
 
     Args:
         say: told of a way that a block cannot run, which leaves its menu; the last must work.
     """
+    kinds = list(distinct_blocks(step.task, calls).values())
+    trials: dict[str, dict[str, Trial]] = {members[0].name: {} for members in kinds}
+    found: dict[str, dict[str, Choice]] = {members[0].name: {} for members in kinds}
+
+    def attempt(block: Block, name: str) -> None:
+        if name not in forwards.menus[block.name] or name in found[block.name]:
+            return
+        trial = Trial(forwards, block, name, calls[block.name])
+        try:
+            found[block.name][name] = measure_block(trial, meter)
+        except (RuntimeError, HostMemoryError) as error:
+            reason = _reason(error)
+            if name == names[-1] or reason is None:
+                raise
+            trial.drop_gradients()
+            say(f"memory: {block.name} and its like cannot '{name}': {reason}")
+        else:
+            trials[block.name][name] = trial
+
+    for members, name in itertools.product(kinds, (names[0], names[-1])):
+        attempt(members[0], name)
+    spreads = {members[0].name: _spread(members, calls, found, names) for members in kinds}
+    least = _LITTLE * sum(spread for spread in spreads.values() if math.isfinite(spread))
     costs: dict[str, dict[str, Choice]] = {}
-    for members in distinct_blocks(step.task, calls).values():
+    for members in kinds:
         first = members[0]
-        menu = [name for name in names if name in forwards.menus[first.name]]
-        trials = {name: Trial(forwards, first, name, calls[first.name]) for name in menu}
-        found = {}
-        for name in list(trials):
-            try:
-                found[name] = measure_block(trials[name], meter)
-            except (RuntimeError, HostMemoryError) as error:
-                reason = _reason(error)
-                if name == names[-1] or reason is None:
-                    raise
-                trials.pop(name).drop_gradients()
-                say(f"memory: {first.name} and its like cannot '{name}': {reason}")
-        times: dict[str, list[float]] = {name: [] for name in found}
-        for _, (name, trial) in itertools.product(range(rounds), trials.items()):
-            times[name].append(trial.seconds(meter))
+        for name in names[1:-1] if spreads[first.name] >= least else ():
+            attempt(first, name)
+        choices = {name: found[first.name][name] for name in names if name in found[first.name]}
+        times: dict[str, list[float]] = {name: [] for name in choices}
+        for _, name in itertools.product(range(rounds), choices):
+            times[name].append(trials[first.name][name].seconds(meter))
         for name, seconds in times.items():
-            found[name] = dataclasses.replace(found[name], seconds=statistics.median(seconds))
+            choices[name] = dataclasses.replace(choices[name], seconds=statistics.median(seconds))
         for block in members:
             often = calls[block.name].times
-            costs[block.name] = {name: _repeated(c, often) for name, c in found.items()}
+            costs[block.name] = {name: _repeated(c, often) for name, c in choices.items()}
     return costs
+
+
+def _spread(
+    members: Sequence[Block],
+    calls: Mapping[str, Call],
+    found: Mapping[str, Mapping[str, Choice]],
+    names: Sequence[str],
+) -> float:
+    """Bytes that the blocks keep under the first way and not under the last; infinite: unknown."""
+    choices = found[members[0].name]
+    if names[0] not in choices:
+        return math.inf
+    one = choices[names[0]].kept_bytes - choices[names[-1]].kept_bytes
+    return float(one * sum(calls[block.name].times for block in members))
 
 
 def _reason(error: Exception) -> str | None:

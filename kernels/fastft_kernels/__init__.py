@@ -12,4 +12,5 @@ from fastft_kernels.norm_and_clip import GradientNorms as GradientNorms
 from fastft_kernels.norm_and_clip import ZClip as ZClip
 from fastft_kernels.norm_and_clip import gradient_norms as gradient_norms
 from fastft_kernels.short_attention import short_attention as short_attention
+from fastft_kernels.weighted_attention import weighted_attention as weighted_attention
 from fastft_kernels.window_attention import window_attention as window_attention

@@ -10,7 +10,8 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from fastft import blocks
-from fastft.blocks import COMPILED, EAGER, KEEP, RECOMPUTE, BlockForwards, Way, _draws
+from fastft.blocks import COMPILED, EAGER, KEEP, RECOMPUTE, BlockForwards, Way
+from fastft.compiling import draws_numbers
 from fastft.errors import PlanError
 from fastft.precision import make_precision
 from fastft.task import Block, Loss, Task
@@ -198,9 +199,9 @@ def test_compiled_ways_draw_their_random_numbers_once() -> None:
 def test_attention_without_dropout_draws_nothing() -> None:
     attention = torch.ops.aten._scaled_dot_product_flash_attention.default
     q = torch.empty(0)
-    assert not _draws(attention, (q, q, q), {})
-    assert not _draws(attention, (q, q, q, 0.0), {})
-    assert _draws(attention, (q, q, q, 0.1), {})
-    assert _draws(attention, (q, q, q), {"dropout_p": 0.1})
-    assert _draws(torch.ops.aten.native_dropout.default, (q, 0.5, True), {})
-    assert not _draws(torch.ops.aten.mm.default, (q, q), {})
+    assert not draws_numbers(attention, (q, q, q), {})
+    assert not draws_numbers(attention, (q, q, q, 0.0), {})
+    assert draws_numbers(attention, (q, q, q, 0.1), {})
+    assert draws_numbers(attention, (q, q, q), {"dropout_p": 0.1})
+    assert draws_numbers(torch.ops.aten.native_dropout.default, (q, 0.5, True), {})
+    assert not draws_numbers(torch.ops.aten.mm.default, (q, q), {})

@@ -1,6 +1,7 @@
 """Compiles every kernel for compute capability 9.0, which needs no GPU; run by test_compiles."""
 
 import importlib
+import itertools
 from typing import Any
 
 import triton
@@ -13,6 +14,7 @@ SHARED_MEMORY_BYTES = 232448
 INTEGERS = ("rows", "length", "programs", "tensors", "seed", "samples", "heads")
 INTEGERS += ("C", "H", "W", "CP", "HP", "WP", "SC", "SH", "SW")
 FLOATS = ("eps", "decay", "z_limit", "warmup", "scale")
+WEIGHTED = ("forward", "backward", "double_backward")
 POINTERS = {
     **dict.fromkeys(("X", "RESIDUAL", "S", "Y", "DY", "DS", "DX", "SCALE", "SHIFT"), "*bf16"),
     **dict.fromkeys(("PARAM", "MOMENTS", "NUMEL"), "*i64"),
@@ -29,13 +31,16 @@ def kind_of(name: str) -> str:
     return "fp32" if name in FLOATS else POINTERS.get(name, "*fp32")
 
 
-def compile_kernel(module: str, name: str, warps: int = 4, **constants: Any) -> None:
+def compile_kernel(
+    module: str, name: str, warps: int = 4, pointer: str | None = None, **constants: Any
+) -> None:
     kernel = getattr(importlib.import_module(f"fastft_kernels.{module}"), name)
     signature, constexprs = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             constexprs[(i,)] = constants[argument]
-        signature[argument] = "constexpr" if argument in constants else kind_of(argument)
+        kind = "constexpr" if argument in constants else kind_of(argument)
+        signature[argument] = pointer if pointer and kind.startswith("*") else kind
     target = GPUTarget("cuda", 90, 32)
     source = ASTSource(kernel, signature, constexprs, {})
     built = triton.compile(source, target=target, options={"num_warps": warps})
@@ -61,6 +66,9 @@ def main() -> None:
     short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16, "SHARED": True}
     for part in ("_forward_kernel", "_backward_kernel"):
         compile_kernel("short_attention", part, 1, **short)
+    weighted = {"T": 56, "D": 16, "BLOCK": 64}
+    for part, precision in itertools.product(WEIGHTED, ("ieee", "tf32")):
+        compile_kernel("weighted_kernels", part, 4, "*fp32", **weighted, PRECISION=precision)
     compile_kernel("adam", "_prepare_kernel", HYPER_COLUMNS=7, SCALAR_COLUMNS=8, BLOCK=256)
     dtypes = [TRITON_DTYPES[d] for d in TRITON_DTYPES]
     kinds = ((tl.float32, tl.float32, True), (dtypes[1], dtypes[2], False))

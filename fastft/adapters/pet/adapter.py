@@ -16,6 +16,7 @@ from fastft.adapters.pet.checkpoint import describe, save
 from fastft.adapters.pet.checks import atoms_checks
 from fastft.adapters.pet.data import Structures, open_structures, with_neighbours
 from fastft.adapters.pet.energy import make_block
+from fastft.adapters.pet.fused import use_kernels
 from fastft.adapters.pet.lora import low_rank_names, merge_updates
 from fastft.adapters.pet.loss import PetLoss
 from fastft.adapters.pet.options import PetOptions
@@ -105,6 +106,8 @@ class PetAdapter:
         self._model = model
         self._adaptive = adaptive_settings(model)
         model.to(device)
+        if options.kernels == "auto" and device.type == "cuda":
+            use_kernels(model)
         return Task(
             model=model,
             loss=PetLoss(options, targets.names),

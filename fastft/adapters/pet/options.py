@@ -131,6 +131,13 @@ class PetOptions(TargetOptions):
             " new targets only, as upstream does, or anew for one that the checkpoint has."
         ),
     ] = "new"
+    kernels: Annotated[
+        Literal["auto", "off"],
+        Field(
+            description="'auto': on a GPU, attention that forces are computed through runs on"
+            " fastft's kernel, which rounds otherwise than upstream's; not measured there yet."
+        ),
+    ] = "off"
     loss: Annotated[PetLossOptions, Field(description="The loss.")] = PetLossOptions()
 
 

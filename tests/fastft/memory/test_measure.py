@@ -33,7 +33,7 @@ from fastft.memory.measure import (
     update_seconds,
 )
 from fastft.memory.solve import Choice, peak_bytes
-from fastft.memory.trial import Call
+from fastft.memory.trial import Call, Trial
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
@@ -324,6 +324,25 @@ def test_equal_blocks_are_measured_once() -> None:
     calls = capture_calls(one.step, make_batch())
     measure_blocks(one.step, one.forwards, calls, [KEEP.name], one.meter)
     assert len(one.meter.repeats) == 3 * once
+
+
+@pytest.mark.parametrize(("small", "has_all"), [(50, True), (5, False)])
+def test_blocks_that_keep_little_have_two_ways(
+    small: int, has_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build()
+    one.model.get_submodule("2").requires_grad_(False)
+    names = list(one.forwards.ways)
+
+    def costs(trial: Trial, meter: object) -> Choice:
+        size = 1000 if trial._parameters[0].requires_grad else small
+        return Choice(trial.way, 0 if trial.way == names[-1] else size, 0, 0, 0.0)
+
+    monkeypatch.setattr("fastft.memory.measure.measure_block", costs)
+    calls = capture_calls(one.step, make_batch())
+    found = measure_blocks(one.step, one.forwards, calls, names, one.meter)
+    assert list(found["1"]) == names
+    assert list(found["2"]) == (names if has_all else [names[0], names[-1]])
 
 
 def test_blocks_without_anything_to_differentiate() -> None:

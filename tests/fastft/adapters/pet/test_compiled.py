@@ -18,6 +18,7 @@ from waits import Waits
 from fastft import blocks, compiling
 from fastft.adapters.pet import PetAdapter
 from fastft.adapters.pet.baseline import fit_baseline
+from fastft.adapters.pet.fused import use_kernels
 from fastft.config import DataSource, FinetuneConfig
 from fastft.errors import ConfigError
 from fastft.finetune import apply_method, set_train_mode
@@ -88,6 +89,24 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(
             value, expected[name], rtol=0, atol=1e-8 * largest + 1e-14, equal_nan=True, msg=name
         )
+
+
+@pytest.mark.parametrize("backend", ["off", "aot_eager"])
+def test_attention_on_the_kernel_is_as_upstreams(
+    fitted: Any, use_backend: Any, backend: str
+) -> None:
+    hypers = {"d_pet": 32, "d_node": 32, "num_attention_layers": 2}
+    _, task, batches = fitted(stress=True, hypers=hypers)
+    expected = [outcome(task, batch) for batch in batches]
+    use_kernels(task.model)
+    if backend != "off":
+        use_backend(backend)
+        blocks.compile_task(task, "blocks", make_precision("fp32", CPU))
+    for batch, wanted in zip(batches, expected, strict=True):
+        found = outcome(task, batch)
+        # The path was taken.
+        assert not torch.equal(found["forces"], wanted["forces"])
+        assert_same(found, wanted)
 
 
 @pytest.mark.parametrize(
