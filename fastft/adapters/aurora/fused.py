@@ -38,8 +38,8 @@ def use_kernels(model: nn.Module, residual: Residual) -> list[str]:
     To be called when all changes to the model are made: what was changed is left as it is.
 
     Args:
-        residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'autocast': it
-            has the precision of the rest.
+        residual: 'fp32': what blocks add to is in float32, as upstream on a GPU; 'autocast': it
+            stays as it comes, which is in 16 bits from the first downsampling on.
 
     Returns:
         What is left to upstream's operators, a line for each reason.
