@@ -12,8 +12,8 @@ W rounded up to whole windows, with what is added behind; output `[B, C, H, W, h
 256 tokens in a window; D a power of two from 16 to 128.
 Numerics: products in the dtype of qkv with sums in float32, softmax in float32; probabilities and
 their gradients are rounded to the dtype of qkv before products.
-Memory: forward moves qkv and the output once; backward reads qkv and dy twice, by queries and by keys,
-and writes dqkv once. Kept: qkv.
+Memory: forward moves qkv and the output once; backward reads qkv and dy twice, by queries and by
+keys, and writes dqkv once. Kept: qkv.
 Source: Liu et al. 2021 (arXiv 2103.14030); the mask of Bodnar et al. 2024 (arXiv 2405.13063).
 """
 
