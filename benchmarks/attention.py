@@ -1,7 +1,8 @@
 """Attention in windows and over few tokens at the sizes of Aurora, beside torch's attention.
 
-Torch's side rolls, pads and cuts the grid into windows and back, and has the mask made beforehand;
-eager or compiled, whichever is faster counts as the peer.
+Torch's side of the windows is upstream's: tokens, not yet queries, keys and values, are rolled,
+padded and cut into windows, what attention returns goes back, and the mask is made beforehand.
+Eager or compiled, whichever is faster counts as the peer.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastft_kernels import short_attention, window_attention
 from fastft_kernels.short_attention import reference as short_reference
 from fastft_kernels.window_attention import reference as window_reference
-from fastft_kernels.window_grid import Grid
+from fastft_kernels.window_grid import Grid, tables
 from torch import Tensor
 
 from benchmarks.timing import time_device, time_host
@@ -20,13 +22,18 @@ from benchmarks.timing import time_device, time_host
 WINDOW, SHIFT = (2, 6, 12), (1, 3, 6)
 # Grid and heads of each stage, for 721 x 1440 points in patches of 4.
 STAGES = (((4, 180, 360), 8), ((4, 90, 180), 16), ((4, 45, 90), 32))
-PATCHES, INNER = 16_200, 16
+# Of a chunk of patches, and of encoder and decoder.
+PATCHES, PERCEIVER_HEADS = 16_200, 16
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """An op, its reference, shapes of its inputs and output, and the rest of its arguments."""
+    """An op, its reference, shapes of its inputs and output, and the rest of its arguments.
+
+    Attributes:
+        grid: of windows; None: there are none.
+    """
 
     what: dict[str, Any]
     op: Callable[..., Tensor]
@@ -34,30 +41,77 @@ class AttentionCase:
     inputs: tuple[tuple[int, ...], ...]
     output: tuple[int, ...]
     rest: tuple[Any, ...]
+    grid: Grid | None = None
 
 
 def cases() -> Iterator[AttentionCase]:
     """Each stage of the backbone with and without a shift, then decoder and encoder."""
     for size, heads in STAGES:
         for shift in ((0, 0, 0), SHIFT):
-            padded = Grid(size, WINDOW, shift).padded
+            grid = Grid(size, WINDOW, shift)
             yield AttentionCase(
                 {"op": "window_attention", "size": size, "heads": heads, "shifted": any(shift)},
                 window_attention,
                 window_reference,
-                ((1, *padded, 3 * heads * 64),),
+                ((1, *grid.padded, 3 * heads * 64),),
                 (1, *size, heads * 64),
                 (heads, size, WINDOW, shift),
+                grid,
             )
-    for queries, keys in ((13, 3), (3, 13)):
+    for queries, keys, columns in ((13, 3, 64), (3, 13, 32)):
+        width = PERCEIVER_HEADS * columns
         yield AttentionCase(
-            {"op": "short_attention", "samples": PATCHES, "queries": queries, "keys": keys},
+            {"op": "short_attention", "samples": PATCHES, "queries": queries, "keys": keys}
+            | {"columns": columns},
             short_attention,
             short_reference,
-            ((1, queries, INNER * 64), (PATCHES, keys, 2 * INNER * 64)),
-            (PATCHES, queries, INNER * 64),
-            (INNER,),
+            ((1, queries, width), (PATCHES, keys, 2 * width)),
+            (PATCHES, queries, width),
+            (PERCEIVER_HEADS,),
         )
+
+
+def make_windows(grid: Grid, heads: int, mask: Tensor | None) -> Callable[..., Any]:
+    """Upstream's way to attention in windows and back.
+
+    The function takes queries, keys and values in windows, `[windows, T, 3 * heads * D]`, and
+    tokens `[1, C, H, W, N]`; it returns attention `[1, C, H, W, heads * D]` and the tokens in
+    windows.
+    """
+    (c, h, w), (wc, wh, ww) = grid.padded, grid.window
+    cut = (1, c // wc, wc, h // wh, wh, w // ww, ww, -1)
+    sides = [0, 0]
+    for before, n, padded in reversed([*zip(grid.before, grid.size, grid.padded, strict=True)]):
+        sides += [before, padded - n - before]
+    inside = [slice(b, b + n) for b, n in zip(grid.before, grid.size, strict=True)]
+    back = tuple(-s for s in grid.shift)
+
+    def attend(qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.pad(x.roll(back, (1, 2, 3)) if any(back) else x, sides)
+        windows = x.view(cut).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, grid.tokens, x.shape[-1])
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y = y.view(1, c // wc, h // wh, w // ww, wc, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        y = y.reshape(1, c, h, w, -1)[:, *inside]
+        return y.roll(grid.shift, (1, 2, 3)) if any(back) else y, windows
+
+    return attend
+
+
+def make_peer(
+    case: AttentionCase, inputs: list[Tensor], dy: Tensor
+) -> tuple[Callable[..., Any], list[Tensor], list[Tensor]]:
+    """Torch's function, its inputs and the gradients of its outputs."""
+    if case.grid is None:
+        return lambda *x: case.reference(*x, *case.rest), inputs, [dy]
+    (qkv,) = inputs
+    places, mask = tables(case.grid, 1, qkv)
+    windows = qkv.flatten(1, 3)[0, places]
+    attend = make_windows(case.grid, case.rest[0], mask)
+    found, moved = attend(windows, dy)
+    if not torch.allclose(found, case.reference(*inputs, *case.rest), rtol=2e-2, atol=2e-2):
+        raise SystemExit(f"{case.what}: torch's side is wrong; not timed")
+    return attend, [windows, torch.randn_like(dy)], [dy, torch.randn_like(moved)]
 
 
 def outcome(case: AttentionCase, function: Any, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -85,36 +139,40 @@ def bench_attention(records: Any) -> None:
         dy = torch.randn(case.output, device=DEVICE, dtype=DTYPE)
         check(case, inputs, dy)
         torch._dynamo.reset()
-        compiled = torch.compile(case.reference, fullgraph=True, dynamic=False)
-        providers = {"fastft": case.op, "torch": case.reference, "torch.compile": compiled}
-        for provider, function in providers.items():
-            measure(records, {**case.what, "provider": provider}, case, function, inputs, dy)
+        # What our op moves at least, whoever computes.
+        read = 2 * sum(x.numel() for x in inputs)
+        moved = {"forward": read + 2 * dy.numel(), "backward": 2 * read + 2 * dy.numel()}
+        eager, theirs, grads = make_peer(case, inputs, dy)
+        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+        for provider, function, tensors, dys in (
+            ("fastft", lambda *x, case=case: case.op(*x, *case.rest), inputs, [dy]),
+            ("torch", eager, theirs, grads),
+            ("torch.compile", compiled, theirs, grads),
+        ):
+            what = {**case.what, "provider": provider}
+            measure(records, what, function, tensors, dys, moved)
         torch.cuda.empty_cache()
 
 
 def measure(
     records: Any,
     what: dict[str, Any],
-    case: AttentionCase,
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     inputs: list[Tensor],
-    dy: Tensor,
+    dys: list[Tensor],
+    moved: dict[str, int],
 ) -> None:
     """One provider's records."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    read = 2 * sum(x.numel() for x in inputs)
 
-    def forward() -> Tensor:
-        return function(*leaves, *case.rest)
+    def forward() -> Any:
+        return function(*leaves)
 
-    y = forward()
+    outputs = forward()
 
     def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        return torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
 
-    for direction, call, moved in (
-        ("forward", forward, read + 2 * dy.numel()),
-        ("backward", backward, 2 * read + 2 * dy.numel()),
-    ):
+    for direction, call in (("forward", forward), ("backward", backward)):
         host, timing = time_host(call), time_device(call, repeats=10)
-        records.add({**what, "direction": direction}, timing, moved, host_us=host)
+        records.add({**what, "direction": direction}, timing, moved[direction], host_us=host)

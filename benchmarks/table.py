@@ -73,6 +73,8 @@ def attention_table(records: list[Record]) -> list[str]:
             what += ", shifted" if r["shifted"] else ""
         elif r["op"] == "short_attention":
             what = f"`short_attention`, {r['samples']} samples, {r['queries']} x {r['keys']} tokens"
+            # Records of the first day have none: all were of 64.
+            what += f", {r['columns']} columns" if r.get("columns", 64) != 64 else ""
         else:
             continue
         found.setdefault((what, r["direction"]), {})[r["provider"]] = r

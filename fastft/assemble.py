@@ -59,6 +59,8 @@ def assemble(
         console.print(
             "no model.checkpoint: the weights are the adapter's, random unless it says so"
         )
+        for note in task.notes:
+            console.print(note)
         if heads:
             # Only they start anew.
             own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))

@@ -42,6 +42,8 @@ _ATTENTION = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
+    "window_attention_forward",
+    "short_attention_forward",
 )
 _NORMS = ("native_layer_norm", "native_batch_norm", "native_group_norm", "cudnn_batch_norm")
 _NORMS += ("_softmax", "_safe_softmax", "_fused_rms_norm")

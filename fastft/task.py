@@ -215,7 +215,8 @@ class Task:
             through another: only blocks that differentiate themselves are then compiled.
         new_heads: modules that the adapter has made for this run, beside those of
             `finetune.new_heads`: `finetune.method = 'lora'` trains them too.
-        notes: what else the load report says, such as which parts of a checkpoint are dropped.
+        notes: what else is said when the model is loaded, such as which parts of a checkpoint are
+            dropped.
     """
 
     model: nn.Module

@@ -52,7 +52,10 @@ class StepConfig:
     ] = "off"
     kernels: Annotated[
         Literal["auto", "off"],
-        describe("Adam and gradient norm: 'auto': fastft's on a GPU; 'off': torch's."),
+        describe(
+            "Adam and gradient norm: 'auto': fastft's on a GPU; 'off': torch's. Kernels inside of a"
+            " model are the adapter's, as model.options.kernels."
+        ),
     ] = "auto"
     layer_norm: Annotated[
         Literal["auto", "fused", "torch"],

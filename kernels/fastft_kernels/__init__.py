@@ -1,4 +1,4 @@
-"""Fused Triton kernels for training: layer norm, Adam, gradient norm."""
+"""Fused Triton kernels for training: norms, attention of special shapes, Adam, gradient norm."""
 
 from fastft_kernels.adaptive_norm import adaptive_layer_norm as adaptive_layer_norm
 from fastft_kernels.fused_adam import FusedAdam as FusedAdam

@@ -1,6 +1,7 @@
-"""Every op of the library: what tests parametrize over and benchmarks walk.
+"""Every norm of the library: what tests parametrize over and benchmarks walk.
 
-An op that is not here does not exist; one that is has a reference, tests and a benchmark.
+A norm that is not here does not exist; one that is has a reference, tests and a benchmark. What is
+called with more than tensors, as attention in windows, has cases of its own in both.
 """
 
 from collections.abc import Callable, Sequence

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastft_kernels.device import (
     FLOAT_DTYPES,
@@ -252,6 +253,21 @@ def _autograd(ctx, dy):
 _forward = as_differentiable_op(
     "fastft::short_attention_forward", _run_forward, _forward_fake, _setup_context, _autograd
 )
+
+
+@register_flop_formula(torch.ops.fastft.short_attention_forward)
+def _forward_flops(q_shape, kv_shape, heads, *_, **__) -> int:
+    """Two products; without it a partitioner thinks the op free to recompute."""
+    return 2 * _product_flops(q_shape, kv_shape)
+
+
+@register_flop_formula(torch.ops.fastft.short_attention_backward)
+def _backward_flops(dy_shape, q_shape, kv_shape, heads, *_, **__) -> int:
+    return 5 * _product_flops(q_shape, kv_shape)
+
+
+def _product_flops(q_shape, kv_shape) -> int:
+    return math.prod(kv_shape) * q_shape[1]
 
 
 def short_attention(q: Tensor, kv: Tensor, heads: int) -> Tensor:

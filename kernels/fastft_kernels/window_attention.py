@@ -9,18 +9,22 @@ The roll, the windows and the mask exist only as indices: nothing is copied, no 
 
 Shapes: qkv `[B, C', H', W', 3 * heads * D]` in the order (qkv, head, D), where C', H', W' are C, H,
 W rounded up to whole windows, with what is added behind; output `[B, C, H, W, heads * D]`. At most
-256 tokens in a window; D a power of two from 16 to 128.
-Numerics: products in the dtype of qkv with sums in float32, softmax in float32; probabilities and
-their gradients are rounded to the dtype of qkv before products.
-Memory: forward moves qkv and the output once; backward reads qkv and dy twice, by queries and by
-keys, and writes dqkv once. Kept: qkv.
+256 tokens in a window, of at most 256 bytes for a head: D is a power of two from 16 to 128, in
+float32 to 64.
+Numerics: products in the dtype of qkv with sums in float32, softmax in float32; exponentials,
+probabilities and their gradients are rounded to the dtype of qkv before products.
+Memory: qkv and the output move once. Backward reads keys and values twice, queries and dy once and
+again for every 64 tokens of a window, and writes dqkv once; its kernels pass on 8 bytes per token
+and head. Kept: qkv.
 Source: Liu et al. 2021 (arXiv 2103.14030); the mask of Bodnar et al. 2024 (arXiv 2405.13063).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastft_kernels.device import (
     FLOAT_DTYPES,
@@ -36,6 +40,7 @@ from fastft_kernels.window_grid import reference as reference
 from fastft_kernels.window_kernels import forward, keys_backward, queries_backward
 
 MAX_TOKENS = 256
+_MAX_HEAD_BYTES = 256
 
 
 def _parts(tokens: int) -> tuple[int, int]:
@@ -151,6 +156,22 @@ _forward = as_differentiable_op(
 )
 
 
+@register_flop_formula(torch.ops.fastft.window_attention_forward)
+def _forward_flops(qkv_shape, heads, size, window, shift, *_, **__) -> int:
+    """Two products; without it a partitioner thinks the op free to recompute."""
+    return 2 * _product_flops(qkv_shape, window)
+
+
+@register_flop_formula(torch.ops.fastft.window_attention_backward)
+def _backward_flops(dy_shape, qkv_shape, heads, size, window, shift, *_, **__) -> int:
+    """Seven: both kernels compute scores and the probabilities' gradients."""
+    return 7 * _product_flops(qkv_shape, window)
+
+
+def _product_flops(qkv_shape, window) -> int:
+    return 2 * math.prod(qkv_shape) // 3 * math.prod(window)
+
+
 def window_attention(
     qkv: Tensor, heads: int, size: Triple, window: Triple, shift: Triple = (0, 0, 0)
 ) -> Tensor:
@@ -158,25 +179,32 @@ def window_attention(
 
     Args:
         size: C, H, W of the grid before padding.
-        shift: 0 along an axis that one window covers.
+        shift: along each axis less than the window, and 0 where one window covers the axis.
 
     Raises:
-        ValueError: another shape or dtype, a window of more than 256 tokens, a head of other sizes.
+        ValueError: another shape or dtype, another shift, a window of more than 256 tokens, a head
+            of other sizes.
     """
     grid = Grid(size, window, shift)
+    if any(s and not 0 < s < w < n for n, w, s in zip(size, window, shift, strict=True)):
+        raise ValueError(
+            f"window_attention: a shift must be less than the window, and 0 where one window covers"
+            f" the axis; got {shift} for windows {window} of a grid {size}; correct it"
+        )
     if qkv.dim() != 5 or tuple(qkv.shape[1:4]) != grid.padded or qkv.shape[-1] % (3 * heads):
         raise ValueError(
             f"window_attention: qkv must be [B, {', '.join(map(str, grid.padded))}, 3 * heads * D]"
             f" with {heads} heads; got {tuple(qkv.shape)}; pad it behind"
         )
-    columns = qkv.shape[-1] // (3 * heads)
-    if grid.tokens > MAX_TOKENS or columns not in HEAD_COLUMNS:
-        raise ValueError(
-            f"window_attention: a window must have at most {MAX_TOKENS} tokens and a head 16, 32,"
-            f" 64 or 128 columns; got {grid.tokens} and {columns}; use reference there"
-        )
     if qkv.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"window_attention: qkv must be float32, bfloat16 or float16; got {qkv.dtype}; cast it"
+        )
+    columns = qkv.shape[-1] // (3 * heads)
+    fits = columns in HEAD_COLUMNS and columns * qkv.element_size() <= _MAX_HEAD_BYTES
+    if grid.tokens > MAX_TOKENS or not fits:
+        raise ValueError(
+            f"window_attention: a window must have at most {MAX_TOKENS} tokens and a head 16, 32,"
+            f" 64 or, in 16 bits, 128 columns; got {grid.tokens} and {columns}; use reference there"
         )
     return _forward(qkv, heads, list(size), list(window), list(shift))

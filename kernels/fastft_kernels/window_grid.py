@@ -51,7 +51,7 @@ def reference(
 ) -> Tensor:
     """The formula in plain torch, with copies of the windows and the whole mask."""
     grid = Grid(size, window, shift)
-    places, mask = _tables(grid, len(qkv), qkv)
+    places, mask = tables(grid, len(qkv), qkv)
     q, k, v = _into_windows(qkv, 3 * heads, places).chunk(3, dim=1)
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     c, h, w = size
@@ -64,7 +64,7 @@ def plain_backward(
     """dqkv in the dtype of qkv, computed in float32 at least; autograd can differentiate it."""
     grid = Grid(size, window, shift)
     whole = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
-    places, mask = _tables(grid, len(qkv), whole)
+    places, mask = tables(grid, len(qkv), whole)
     q, k, v = _into_windows(whole, 3 * heads, places).chunk(3, dim=1)
     behind = [p - n for p, n in zip(grid.padded, size, strict=True)]
     padded = F.pad(dy.to(whole.dtype), (0, 0, 0, behind[2], 0, behind[1], 0, behind[0]))
@@ -92,7 +92,7 @@ def _out_of_windows(x: Tensor, batch: int, places: Tensor) -> Tensor:
     return tokens[:, places.flatten().argsort()]
 
 
-def _tables(grid: Grid, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def tables(grid: Grid, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Of each window's tokens the place in the padded input, `[windows, T]`, and the mask."""
     places, groups = (table.to(like.device) for table in _indices(grid))
     if not any(grid.shift):

@@ -32,7 +32,12 @@ def kind_of(name: str) -> str:
 
 
 def compile_kernel(
-    module: str, name: str, warps: int = 4, pointer: str | None = None, **constants: Any
+    module: str,
+    name: str,
+    warps: int = 4,
+    pointer: Any = None,
+    stages: int = 3,
+    **constants: Any,
 ) -> None:
     kernel = getattr(importlib.import_module(f"fastft_kernels.{module}"), name)
     signature, constexprs = {}, {}
@@ -43,7 +48,9 @@ def compile_kernel(
         signature[argument] = pointer if pointer and kind.startswith("*") else kind
     target = GPUTarget("cuda", 90, 32)
     source = ASTSource(kernel, signature, constexprs, {})
-    built = triton.compile(source, target=target, options={"num_warps": warps})
+    built = triton.compile(
+        source, target=target, options={"num_warps": warps, "num_stages": stages}
+    )
     assert built.metadata.shared <= SHARED_MEMORY_BYTES, (module, name, built.metadata.shared)
 
 
@@ -59,10 +66,15 @@ def main() -> None:
     compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
     compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
     compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
-    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "SHIFTED": True, "D": 64, "ROWS": 64}
+    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "SHIFTED": True, "D": 64}
+    # Also the most that a window may have.
+    widest = {"T": 256, "WC": 4, "WH": 8, "WW": 8, "SHIFTED": False, "D": 128}
     for part in ("forward", "queries_backward"):
-        compile_kernel("window_kernels", part, **window, MAIN=128, TAIL=16)
-    compile_kernel("window_kernels", "keys_backward", **window, KEYS=64)
+        parts = {"MAIN": 128, "TAIL": 16, "ROWS": 64}
+        compile_kernel("window_kernels", part, stages=1, **window, **parts)
+    parts = {"MAIN": 256, "TAIL": 0, "ROWS": 64}
+    compile_kernel("window_kernels", "queries_backward", stages=1, **widest, **parts)
+    compile_kernel("window_kernels", "keys_backward", **window, KEYS=64, ROWS=16)
     short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16, "SHARED": True}
     for part in ("_forward_kernel", "_backward_kernel"):
         compile_kernel("short_attention", part, 1, **short)

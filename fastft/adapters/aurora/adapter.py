@@ -109,8 +109,6 @@ class AuroraAdapter:
             )
         options, variables = self.options, self.variables
         model = build_model(options, variables)
-        if options.kernels == "auto" and device.type == "cuda":
-            use_kernels(model, options.residual)
         self.variant.attach(model)
         loss = AuroraLoss(
             options.loss,
@@ -121,6 +119,8 @@ class AuroraAdapter:
         if options.hub and pretrained:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
+        wanted = options.kernels == "auto" and device.type == "cuda"
+        notes = use_kernels(model, options.residual) if wanted else []
         changed.to(device)
         self._added, self._place = added, (place := place_of(changed))
         return Task(
@@ -135,6 +135,7 @@ class AuroraAdapter:
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
+            notes=notes,
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

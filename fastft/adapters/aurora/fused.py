@@ -8,6 +8,8 @@ long sequences do slowly; its first queries are the same for all patches.
 Weights, names and formulas are upstream's; rounding is not to the bit.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, Literal, cast
@@ -30,31 +32,76 @@ Residual = Literal["fp32", "autocast"]
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def use_kernels(model: nn.Module, residual: Residual) -> None:
+def use_kernels(model: nn.Module, residual: Residual) -> list[str]:
     """Sets the forwards of Swin blocks, which in 32 bits are upstream's, and of perceivers.
 
+    To be called when all changes to the model are made: what was changed is left as it is.
+
     Args:
-        residual: 'fp32': what blocks add to stays in float32, as upstream on a GPU; 'autocast': it
-            has the precision of the rest.
+        residual: 'fp32': what blocks add to is in float32, as upstream on a GPU; 'autocast': it
+            stays as it comes, which is in 16 bits from the first downsampling on.
+
+    Returns:
+        What is left to upstream's operators, a line for each reason.
     """
     forward = _swin_forward(residual == "fp32")
-    # Bound, so that a deep copy of the module computes with the copy's weights.
+    left: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, Swin3DTransformerBlock) and _takes(module):
-            module.forward = MethodType(forward, module)
-        if isinstance(module, PerceiverAttention) and module.head_dim in HEAD_COLUMNS:
-            module.forward = MethodType(_attend_levels, module)
+        if isinstance(module, Swin3DTransformerBlock):
+            kind, run, obstacle = "Swin blocks", forward, _block_obstacle(module)
+        elif isinstance(module, PerceiverAttention):
+            kind, run, obstacle = "perceivers", _attend_levels, _perceiver_obstacle(module)
+        else:
+            continue
+        if obstacle is None:
+            # Bound, so that a deep copy of the module computes with the copy's weights.
+            module.forward = MethodType(run, module)
+        else:
+            left[f"{kind} run on upstream's operators, because {obstacle}"] += 1
+    return [f"{count} {reason}" for reason, count in left.items()]
 
 
-def _takes(block: Swin3DTransformerBlock) -> bool:
-    attention = block.attn
-    return (
-        # Random numbers in attention or of whole paths are upstream's alone.
-        attention.attn_drop == 0
-        and isinstance(block.drop_path, nn.Identity)
-        and attention.head_dim in HEAD_COLUMNS
-        and block.window_size[0] * block.window_size[1] * block.window_size[2] <= MAX_WINDOW
+def _block_obstacle(block: Swin3DTransformerBlock) -> str | None:
+    if _was_changed(block):
+        return "they or their parts were changed"
+    # Random numbers in attention or of whole paths are upstream's alone.
+    if block.attn.attn_drop != 0 or not isinstance(block.drop_path, nn.Identity):
+        return "they have dropout of attention or of paths"
+    if (tokens := math.prod(block.window_size)) > MAX_WINDOW:
+        return f"their windows have {tokens} tokens, more than {MAX_WINDOW}"
+    return _heads_obstacle(block.attn.head_dim)
+
+
+def _perceiver_obstacle(perceiver: PerceiverAttention) -> str | None:
+    if not _is_upstreams(perceiver, PerceiverAttention):
+        return "they were changed"
+    return _heads_obstacle(perceiver.head_dim)
+
+
+def _heads_obstacle(columns: int) -> str | None:
+    return None if columns in HEAD_COLUMNS else f"their heads have {columns} columns"
+
+
+def _was_changed(block: Swin3DTransformerBlock) -> bool:
+    """Whether anything was added to what upstream's forward calls and ours does not."""
+    norms = (block.norm1, block.norm2)
+    return not (
+        _is_upstreams(block, Swin3DTransformerBlock)
+        and _is_bare(block.attn, WindowAttention)
+        and all(_is_bare(n, AdaptiveLayerNorm) and _is_bare(n.ln, nn.LayerNorm) for n in norms)
     )
+
+
+def _is_upstreams(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and "forward" not in vars(module)
+
+
+def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Without hooks, as an added norm (`extend`) is one; a norm also without weights."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks += (module._backward_hooks, module._backward_pre_hooks)
+    weights = isinstance(module, nn.LayerNorm) and module.elementwise_affine
+    return _is_upstreams(module, kind) and not weights and not any(hooks)
 
 
 def _swin_forward(whole: bool) -> Callable[..., Tensor]:

@@ -146,14 +146,16 @@ class AuroraOptions:
         Literal["auto", "off"],
         Field(
             description="'auto': on a GPU, perceivers and Swin blocks that compute in 16 bits run"
-            " on fastft's kernels, which round otherwise than upstream's; 'off': none does."
+            " on fastft's kernels, which round otherwise than upstream's; 'off': none does, and the"
+            " update has step.kernels."
         ),
     ] = "auto"
     residual: Annotated[
         Literal["fp32", "autocast"],
         Field(
-            description="With the kernels: precision of what the Swin blocks add to, upstream's or"
-            " that of step.precision, which takes less time and memory."
+            description="With the kernels: precision of what the Swin blocks add to: upstream's, or"
+            " that of step.precision from the first downsampling on, which takes less time and"
+            " memory."
         ),
     ] = "fp32"
     loss: Annotated[AuroraLossOptions, Field(description="The loss.")] = AuroraLossOptions()

@@ -1,15 +1,19 @@
 """Swin blocks and perceivers on fastft's kernels: upstream's formulas."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from aurora.model.perceiver import PerceiverResampler
 from aurora.model.swin3d import Swin3DTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.adapters.aurora import fused as fused_module
 from fastft.adapters.aurora.fused import Residual, use_kernels
+from fastft.blocks import BlockForwards
 from fastft.precision import make_precision
 from fastft.task import Batch, Task
 
@@ -23,7 +27,8 @@ GRID = (2, 9, 17)  # Padded along both axes, unevenly along the first.
 def make_block(shift: tuple[int, int, int], device: torch.device = CPU, **arguments: Any) -> Any:
     torch.manual_seed(0)
     block = Swin3DTransformerBlock(
-        dim=64, num_heads=2, time_dim=32, window_size=(2, 6, 12), shift_size=shift, **arguments
+        **{"dim": 64, "num_heads": 2, "time_dim": 32, "window_size": (2, 6, 12)} | arguments,
+        shift_size=shift,
     ).to(device)
     with torch.no_grad():
         # At its initialisation a block is the identity.
@@ -83,11 +88,75 @@ def test_low_precision_stays_where_it_is_wanted() -> None:
         assert y.dtype is dtype
 
 
-@pytest.mark.parametrize("arguments", [{"attn_drop": 0.1}, {"drop_path": 0.1}])
-def test_random_numbers_are_left_to_upstream(arguments: Any) -> None:
+def watch(part: str) -> Callable[[Any], Any]:
+    """A change by a forward hook, as an added norm is one."""
+
+    def change(block: Any) -> None:
+        block.get_submodule(part).register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    return change
+
+
+def replace(block: Any) -> None:
+    block.norm1.ln = nn.LayerNorm(64)
+
+
+LEFT: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "attention's dropout": ({"attn_drop": 0.1}, None, "dropout of attention"),
+    "paths' dropout": ({"drop_path": 0.1}, None, "dropout of attention or of paths"),
+    "window": ({"window_size": (4, 6, 12)}, None, "windows have 288 tokens, more than 256"),
+    "heads": ({"num_heads": 8}, None, "heads have 8 columns"),
+    "attention": ({}, watch("attn"), "parts were changed"),
+    "norm": ({}, watch("norm2"), "parts were changed"),
+    "norm's norm": ({}, watch("norm1.ln"), "parts were changed"),
+    "another norm": ({}, replace, "parts were changed"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_the_kernels_do_not_do_is_left_to_upstream_and_said(case: str) -> None:
+    arguments, change, reason = LEFT[case]
     block = make_block((0, 0, 0), **arguments)
-    before = block.forward
-    assert fused(block).forward == before
+    if change:
+        change(block)
+    (note,) = use_kernels(block, "fp32")
+    assert note.startswith("1 Swin blocks run on upstream's operators, because")
+    assert reason in note
+    assert "forward" not in vars(block)
+
+
+def test_changes_of_what_is_called_are_taken() -> None:
+    """As those of finetune.method = 'lora', which replaces linear maps."""
+    block = make_block((0, 0, 0))
+    for part in ("attn.qkv", "attn.proj", "mlp", "norm1.ln_modulation"):
+        watch(part)(block)
+    assert use_kernels(block, "fp32") == []
+    assert max(distance(*(_doubled(each) for each in (True, False))).values()) < 2e-2
+
+
+def _doubled(on_kernels: bool) -> dict[str, Tensor]:
+    block = make_block((1, 3, 6))
+    for part in ("attn.qkv", "attn.proj", "mlp", "norm1.ln_modulation"):
+        watch(part)(block)
+    if on_kernels:
+        use_kernels(block, "fp32")
+    return outcome(block, autocast=True)
+
+
+def test_added_norms_are_run(make_adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm behind attention, on a GPU: its block is upstream's, the others are on kernels."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    adapter = make_adapter(layer_norms=["backbone.encoder_layers.0.blocks.0.attn"], arguments=WIDE)
+    gpu = torch.device("cuda")
+    task = adapter.build(None, device=gpu, checkpoint=None, pretrained=False)
+    assert [note.partition(" ")[0] for note in task.notes] == ["1"]
+    on_kernels = [
+        name
+        for name, module in task.model.named_modules()
+        if isinstance(module, Swin3DTransformerBlock) and "forward" in vars(module)
+    ]
+    assert len(on_kernels) == 5
+    assert "backbone.encoder_layers.0.blocks.0" not in on_kernels
 
 
 def test_full_precision_keeps_upstreams_bits() -> None:
@@ -117,6 +186,48 @@ def test_a_whole_model(more: Any, make_adapter: Any, build: Any, make_samples: A
     assert set(ours) == set(theirs)
     assert not torch.equal(ours["loss"], theirs["loss"])  # The kernels' path was taken.
     assert distance(ours, theirs)["loss"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("way", "again"), [("recompute pointwise", False), ("recompute pointwise, attention", True)]
+)
+def test_attention_is_kept_as_attention(
+    way: str, again: bool, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    adapter = make_adapter(arguments=WIDE)
+    task, batch = build(adapter), Batch(adapter.collate(make_samples(adapter)), 2)
+    use_kernels(task.model, "fp32")
+    precision = make_precision("bf16", CPU)
+    forwards = BlockForwards(task, "off", precision)
+    expected = losses(task, batch, CPU)
+    forwards.use(dict.fromkeys(forwards.blocks, way))
+    with precision.autocast():
+        loss = task.loss(task.model, batch).total
+    seen: set[str] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    task.model.zero_grad()
+    with Names():
+        loss.backward()
+    for op in ("window_attention_forward", "short_attention_forward"):
+        assert (f"fastft::{op}" in seen) == again
+    assert "fastft::adaptive_norm_forward" not in seen
+    found = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    block = fused(make_block((1, 3, 6)))
+    copied, expected = copy.deepcopy(block), outcome(block, autocast=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    found = outcome(copied, autocast=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.gpu
