@@ -92,7 +92,8 @@ def _rich_table(shown: TextTable, width: int) -> Table:
     for number, column in enumerate(shown.columns):
         table.add_column(column, justify="right" if number else "left")
     for row in shown.rows:
-        table.add_row(*row)
+        # As text: names may have brackets, which rich takes for markup.
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -236,6 +236,10 @@ def test_an_example(name: str, structures: Any, make_adapter: Any, build: Any, f
         "step.compile=off",
     )
     said = done(fastft, "train", str(file), *smaller)
+    if name == "heads":
+        # Brackets are markup to rich.
+        shown = done(fastft, "evaluate", str(file), *smaller)
+        assert "forces[energy/pbe0]_mae_mev_per_angstrom" in shown
     targets, note = EXPORTS[name]
     assert note in " ".join(said.replace("\u2502", " ").split())
     if "energy" in targets:
