@@ -23,11 +23,11 @@ class PetLoss:
     """Weighted sum of the errors of energy, forces and stress; `parts` are unweighted.
 
     Every structure belongs to the target that `batch["target"]` [B] counts, and is predicted by its
-    heads. Errors are means over a target's own labels; with several, their losses add up, and parts
-    are named 'energy/pbe0:forces'.
+    heads. Errors are means over a target's own labels; with several targets, their losses add up,
+    and parts are named 'energy/pbe0:forces'.
 
-    Labels that are NaN do not count. Predictions are in each target's unit and angstrom: `energy`
-    [B], `forces` [N, 3], `stress` [B, 3, 3].
+    Labels that are NaN do not count; parts that a batch has no labels for are left out. Predictions
+    are in each target's unit and angstrom: `energy` [B], `forces` [N, 3], `stress` [B, 3, 3].
 
     Args:
         targets: their names, as `batch["target"]` counts them.
@@ -68,16 +68,15 @@ class PetLoss:
             target = batch["stress"] * volume / wide / sizes
             errors["stress"] = (virial / scale / sizes, target)
             predictions["stress"] = virial.detach() / volume
-        parts, factors = {}, []
-        for index, name in enumerate(self._targets):
-            chosen = batch["target"] == index
-            of = {"energy": chosen, "forces": chosen[system, None], "stress": chosen[:, None, None]}
-            for part, pair in errors.items():
-                label = part if len(self._targets) == 1 else f"{name}:{part}"
-                parts[label] = self._error(*pair, of[part])
-                factors.append(getattr(self._options.loss, part))
-        weighted = [factor * part for factor, part in zip(factors, parts.values(), strict=True)]
-        total = torch.stack(weighted).sum()
+        target = batch["target"]
+        of = {"energy": target, "forces": target[system, None], "stress": target[:, None, None]}
+        parts, weighted = {}, []
+        for index, part in batch["labels"]:
+            name = part if len(self._targets) == 1 else f"{self._targets[index]}:{part}"
+            parts[name] = self._error(*errors[part], of[part] == index)
+            weighted.append(getattr(options.loss, part) * parts[name])
+        # Without labels nothing is learnt.
+        total = torch.stack(weighted).sum() if weighted else 0 * network.sum()
         return Loss(total, {n: part.detach() for n, part in parts.items()}, predictions)
 
     def _baseline(self, model: PET, batch: Batch) -> tuple[Tensor, Tensor]:
