@@ -29,7 +29,6 @@ from fastft.compiling import (
     backend_keeping,
     compiled,
     draws_numbers,
-    trace_derivatives,
 )
 from fastft.errors import ConfigError, PlanError
 from fastft.offload import Host
@@ -163,7 +162,13 @@ class BlockForwards:
         compiles = self.mode == "blocks" and block.compile
         if compiles and not around:
             backend = backend_keeping(way.share) if way.share < 1 else "inductor"
-            forward = compiled(forward, self.precision, block.dynamic, backend=backend)
+            forward = compiled(
+                forward,
+                self.precision,
+                block.dynamic,
+                differentiates=block.differentiates,
+                backend=backend,
+            )
         if way == KEEP:
             return forward
         keep = self._function(block.name, KEEP.name)
@@ -305,8 +310,6 @@ def compile_task(task: Task, mode: str, precision: Precision) -> BlockForwards:
         task.model.forward = compiled(task.model.forward, precision, fullgraph=False)
         # One graph leaves no block to choose for.
         return BlockForwards(dataclasses.replace(task, blocks=()), "off", precision)
-    if inside and mode == "blocks":
-        trace_derivatives()
     forwards = BlockForwards(task, mode, precision)
     if mode == "blocks":
         forwards.use_everywhere(KEEP)

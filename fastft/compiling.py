@@ -21,6 +21,7 @@ def compiled(
     precision: Precision,
     dynamic: bool | Literal["first"] | None = None,
     *,
+    differentiates: bool = False,
     fullgraph: bool = True,
     backend: Any = "inductor",
 ) -> Forward:
@@ -31,6 +32,7 @@ def compiled(
 
     Args:
         dynamic: see `Block`; None: torch decides.
+        differentiates: see `Block`.
     """
     cast(Any, functorch_config).backward_pass_autocast = "off"
 
@@ -39,7 +41,16 @@ def compiled(
             return forward(*arguments, **keywords)
 
     function = torch.compile(run, dynamic=dynamic and True, fullgraph=fullgraph, backend=backend)
+    if differentiates:
+        function = _traces_derivatives(function)
     return _first_axes_vary(function) if dynamic == "first" else function
+
+
+def _traces_derivatives(function: Forward) -> Forward:
+    """Dynamo traces `torch.autograd.grad`, with the model's floats as constants: else it finds late
+    that it must, and traces all of it again. Set for each call, since other models need neither."""
+    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
+    return dynamo.patch(trace_autograd_ops=True, specialize_float=True)(function)
 
 
 def _first_axes_vary(function: Forward) -> Forward:
@@ -68,14 +79,6 @@ def allow_graphs(count: int) -> None:
         dynamo.accumulated_recompile_limit, dynamo.recompile_limit
     )
     dynamo.fail_on_recompile_limit_hit = True
-
-
-def trace_derivatives() -> None:
-    """Lets Dynamo trace `torch.autograd.grad`, with the model's floats as constants: else it finds
-    late that it must, and traces all of it again."""
-    dynamo = cast(Any, importlib.import_module("torch._dynamo.config"))
-    dynamo.trace_autograd_ops = True
-    dynamo.specialize_float = True
 
 
 @functools.cache

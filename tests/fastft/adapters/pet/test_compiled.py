@@ -42,8 +42,8 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Another backend than Inductor."""
 
     def use(name: str) -> None:
-        def compiled(*arguments: Any, backend: Any) -> Any:
-            return compiling.compiled(*arguments, backend=name)
+        def compiled(*arguments: Any, **settings: Any) -> Any:
+            return compiling.compiled(*arguments, **{**settings, "backend": name})
 
         monkeypatch.setattr(blocks, "compiled", compiled)
 
@@ -127,6 +127,7 @@ def test_one_graph_is_as_eager(
     names = list(task.model.state_dict())
     expected = [outcome(task, batch) for batch in batches]
     use_backend(backend)
+    settings = torch._dynamo.config.get_config_copy()
     blocks.compile_task(task, "blocks", make_precision("fp32", CPU))
     before = graph_count()
     for batch, wanted in zip(batches, expected, strict=True):
@@ -140,6 +141,9 @@ def test_one_graph_is_as_eager(
     assert_same(dict(evaluated.predictions), wanted)
     assert graph_count() - before == 1
     assert list(task.model.state_dict()) == names
+    # What PET's block needs of Dynamo, no other model in this process gets.
+    for name in ("trace_autograd_ops", "specialize_float"):
+        assert getattr(torch._dynamo.config, name) == settings[name]
 
 
 def test_graphs_of_an_epoch_of_mixed_sizes(
