@@ -1,6 +1,7 @@
 """The adapter: what the core asks for, each from the module that knows it."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -72,8 +73,9 @@ class PetAdapter:
     @classmethod
     def convert(cls, path: Path) -> Conversion:
         """See `fastft.adapters.pet.convert`."""
-        # Upstream's reader of options is slow to import, and nothing else needs it.
-        from fastft.adapters.pet.convert import convert
+        # Upstream's reader of options is slow to import, warns then, and nothing else needs it.
+        with warnings.catch_warnings(action="ignore"):
+            from fastft.adapters.pet.convert import convert
 
         return convert(path)
 

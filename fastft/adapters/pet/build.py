@@ -57,9 +57,9 @@ def build_model(options: PetOptions, targets: RunTargets, checkpoint: Path | Non
     else:
         built = _from_checkpoint(model, options, targets, cast(Path, checkpoint))
     model = built.model
-    if unsupported := list(_unsupported(model.hypers)):
+    if parts := list(unsupported(model.hypers)):
         raise AdapterError(
-            f"model: must be a PET without {', '.join(unsupported)}, which fastft does not support;"
+            f"model: must be a PET without {', '.join(parts)}, which fastft does not support;"
             " got one with it; train it with upstream"
         )
     known = model.dataset_info.targets
@@ -184,7 +184,8 @@ def _contradictions(model: PET, options: PetOptions) -> Iterator[str]:
             )
 
 
-def _unsupported(hypers: Any) -> Iterator[str]:
+def unsupported(hypers: Any) -> Iterator[str]:
+    """Parts of a model that fastft does not train."""
     if hypers["zbl"]:
         yield "ZBL repulsion (zbl)"
     if hypers["long_range"]["enable"]:

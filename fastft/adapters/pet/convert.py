@@ -4,15 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ase.data import chemical_symbols
 from metatrain.utils.architectures import get_default_hypers
 from metatrain.utils.omegaconf import expand_loss_config
 from omegaconf import OmegaConf
 
+from fastft.adapters.pet.build import unsupported
 from fastft.adapters.pet.convert_data import DataReader, Part, labels
+from fastft.adapters.pet.options_file import BASE, read_options
 from fastft.adapters.pet.scores import score_name
-from fastft.errors import AdapterError, ConfigError
+from fastft.errors import ConfigError
 from fastft.task import Conversion
 
 # Of upstream's training options: those that are at their place here, or change no result.
@@ -20,10 +21,7 @@ _KNOWN = {
     *("batch_size", "num_epochs", "warmup_fraction", "learning_rate", "weight_decay"),
     *("log_interval", "checkpoint_interval", "num_workers", "best_model_metric", "grad_clip_norm"),
     *("loss", "finetune", "log_mae", "log_separate_blocks", "distributed_port"),
-}
-_BASE = {
-    *("architecture", "seed", "device", "base_precision", "training_set", "validation_set"),
-    *("test_set", "final_eval", "print_stats"),
+    "max_atoms_per_batch",
 }
 _KINDS = ("mse", "mae", "huber")
 
@@ -36,7 +34,7 @@ def convert(path: Path) -> Conversion:
         DataError: a file of structures cannot be read.
         AdapterError: it is of another architecture.
     """
-    options = _read(path)
+    options = read_options(path)
     try:
         return _converted(options, f"runs/{path.stem}")
     except ConfigError as error:
@@ -69,6 +67,10 @@ def _converted(options: Mapping[str, Any], folder: str) -> Conversion:
         "data": _data(hypers, reader, parts, default, wanted, notes),
         **_training(hypers, per_epoch),
     }
+    # As in the examples: on a CPU it takes minutes, for little.
+    if tree["run"].get("device") != "cpu":
+        tree["step"]["compile"] = "blocks"
+        notes.append("step.compile: is 'blocks' here, for a GPU; set 'off' for short runs or a CPU")
     if loss := _loss(hypers["loss"], training, notes):
         tree["model"]["options"]["loss"] = loss
     if tree["model"].get("checkpoint"):
@@ -82,31 +84,9 @@ def _converted(options: Mapping[str, Any], folder: str) -> Conversion:
     return Conversion(tree, notes)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        options: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path}: must be an options file of metatrain, in YAML; got"
-            f" {type(error).__name__}: {error}; check the path"
-        ) from error
-    architecture = options.get("architecture") if isinstance(options, dict) else None
-    if not isinstance(architecture, dict) or "training_set" not in options:
-        raise ConfigError(
-            f"{path}: must be an options file of `mtt train`, with `architecture` and"
-            " `training_set`; got another file"
-        )
-    if architecture.get("name") != "pet":
-        raise AdapterError(
-            f"{path}: architecture.name: must be 'pet'; got '{architecture.get('name')}'; train it"
-            " with upstream"
-        )
-    return options
-
-
 def _unknown(options: Mapping[str, Any], hypers: Mapping[str, Any]) -> Iterator[str]:
     """What is set and has no counterpart."""
-    yield from (f"{name}: has no counterpart" for name in options if name not in _BASE)
+    yield from (f"{name}: has no counterpart" for name in options if name not in BASE)
     given = options["architecture"].get("training", {})
     usual = get_default_hypers("pet")["training"]
     for name, value in given.items():
@@ -114,9 +94,14 @@ def _unknown(options: Mapping[str, Any], hypers: Mapping[str, Any]) -> Iterator[
             yield f"architecture.training.{name}: has no counterpart; got {value}"
     if hypers["max_atoms_per_batch"] is not None:
         yield (
-            f"architecture.training.max_atoms_per_batch: steps and batches are of"
-            f" {hypers['batch_size']} structures instead"
+            "architecture.training.max_atoms_per_batch: has no counterpart; steps and batches are"
+            f" of {hypers['batch_size']} structures instead"
         )
+    if (
+        hypers["finetune"].get("read_from") is not None
+        and "atomic_types" in options["architecture"]
+    ):
+        yield "architecture.atomic_types: has no counterpart; they are the checkpoint's"
 
 
 def _targets(
@@ -125,6 +110,12 @@ def _targets(
     """`target` and its settings, and `targets` of the others."""
     inherited = finetune.get("inherit_heads") or {}
     made: dict[str, dict[str, Any]] = {}
+    trained = {target for part in training for target in part.names}
+    notes += [
+        f"architecture.training.finetune.inherit_heads.{target}: is no target that is trained here"
+        for target in inherited
+        if target not in trained
+    ]
     for part in training:
         for target in part.names:
             given = part.targets[target]
@@ -205,9 +196,12 @@ def _model(
         case precision if precision != 32:
             notes.append(f"base_precision: must be 32 or 64; got {precision}")
     usual = get_default_hypers("pet")["model"]
-    hypers = architecture.get("model", {})
-    if given := {name: value for name, value in hypers.items() if value != usual.get(name)}:
+    # Merged, since some are nested.
+    merged: Any = OmegaConf.merge(usual, architecture.get("model", {}))
+    hypers: Any = OmegaConf.to_container(merged)
+    if given := {name: value for name, value in hypers.items() if value != usual[name]}:
         model["hypers"] = given
+    notes += [f"architecture.model: {part} has no counterpart" for part in unsupported(hypers)]
     checkpoint = finetune.get("read_from")
     if checkpoint is not None:
         return {

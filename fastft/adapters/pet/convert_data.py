@@ -18,6 +18,14 @@ from fastft.adapters.pet.data import label_of
 from fastft.adapters.pet.options import TARGET
 from fastft.errors import ConfigError, DataError
 
+_OF_ENERGIES = {
+    "quantity": "energy",
+    "sample_kind": "system",
+    "per_atom": False,
+    "type": "scalar",
+    "num_subtargets": 1,
+}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -59,6 +67,11 @@ class DataReader:
         for split in ("validation", "test"):
             given = self.options.get(f"{split}_set", 0.0)
             if isinstance(given, (int, float)):
+                if not 0 <= given < left:
+                    raise ConfigError(
+                        f"{split}_set: must be a share of the structures that leaves some for"
+                        f" training; got {given}; lower it"
+                    )
                 share, left = given / left, left - given
                 pairs = [_cut(part, share) for part in found["training"]]
                 found["training"] = [part for part, _ in pairs]
@@ -74,6 +87,12 @@ class DataReader:
                 found[split] = [replace(training[0], where=f"{split}_set", indices=chosen)]
             else:
                 found[split] = self._parts(f"{split}_set", given)
+        self.notes += [
+            f"{part.where}: has no structures with energies; left out"
+            for split, each in found.items()
+            for part in each
+            if not (part.names and part.indices) and (part.indices or split == "training")
+        ]
         return {
             split: [part for part in each if part.names and part.indices]
             for split, each in found.items()
@@ -157,10 +176,12 @@ class DataReader:
 
     def _names(self, where: str, target: str, config: Any, path: str) -> dict[str, str]:
         """Names of the labels of a target that the file has."""
-        if not re.match(TARGET, target) or config["type"] != "scalar":
+        if not re.match(TARGET, target) or any(
+            config.get(k, v) != v for k, v in _OF_ENERGIES.items()
+        ):
             self.notes.append(
-                f"{where}: has no counterpart, as only 'energy' and its variants 'energy/...' have;"
-                " left out"
+                f"{where}: has no counterpart, as only energies of whole structures have, 'energy'"
+                " and its variants 'energy/...'; left out"
             )
             return {}
         names = {"energy": config["key"]}

@@ -21,6 +21,25 @@ training_set: train.xyz
 validation_set: 0.25
 test_set: 0.0
 """
+REFERENCES = """
+device: cpu
+architecture:
+  name: pet
+  atomic_types: [1, 6, 8]
+  model: {long_range: {enable: true}}
+  training:
+    {batch_size: 4, num_epochs: 1, finetune: {read_from: a.ckpt, inherit_heads: {energy/x: energy}}}
+training_set:
+  systems: {read_from: train.xyz, length_unit: angstrom}
+  targets:
+    energy: {unit: eV, forces: on, stress: off}
+    energy/atoms: {quantity: energy, key: E_new, sample_kind: atom, unit: eV}
+    energy/old: {quantity: energy, key: E_new, per_atom: true, unit: eV}
+    energy/several: {quantity: energy, key: E_new, num_subtargets: 2, unit: eV}
+validation_set:
+  systems: ${training_set.systems}
+  targets: {mtt::dipole: {key: d, type: {cartesian: {rank: 1}}}}
+"""
 FINETUNE = """
 seed: 7
 device: gpu
@@ -129,7 +148,9 @@ def test_the_shortest_form(convert: Any, fastft: Any) -> None:
     assert "training_set.targets.energy.stress: 'stress' is not in every structure" in said
     # What is said is in the file, too.
     assert all(f"# {line}" in Path("run.toml").read_text() for line in said.splitlines()[:-1])
-    outcome = fastft("train", "run.toml", "run.device=cpu", "data.checks.ignore=['missing']")
+    assert tree["step"] == {"precision": "fp32", "compile": "blocks"}
+    settings = ("run.device=cpu", "step.compile=off", "data.checks.ignore=['missing']")
+    outcome = fastft("train", "run.toml", *settings)
     assert (outcome.errors, outcome.code) == ("", 0)
 
 
@@ -175,9 +196,28 @@ def test_two_levels_of_theory(convert: Any) -> None:
     for note in (
         "training_set[1].targets.mtt::dipole: has no counterpart",
         "architecture.training.atomic_baseline: has no counterpart",
-        "architecture.training.max_atoms_per_batch: steps and batches are of 2 structures",
+        "architecture.training.max_atoms_per_batch: has no counterpart; steps and batches",
         "validation_set[0].indices: a run file takes slices only",
         "low-rank updates start at zero here",
+    ):
+        assert note in said
+
+
+def test_what_has_no_counterpart_is_said(convert: Any) -> None:
+    tree, said = convert(REFERENCES)
+    assert tree["data"]["train"] == [{"path": "train.xyz"}]
+    assert "validation" not in tree["data"]
+    assert "compile" not in tree["step"]
+    assert tree["model"]["options"]["hypers"]["long_range"]["enable"] is True
+    for note in (
+        *(
+            f"training_set.targets.energy/{name}: has no counterpart, as only energies of whole"
+            for name in ("atoms", "old", "several")
+        ),
+        "validation_set: has no structures with energies; left out",
+        "architecture.atomic_types: has no counterpart; they are the checkpoint's",
+        "architecture.training.finetune.inherit_heads.energy/x: is no target that is trained here",
+        "architecture.model: long-range interactions (long_range) has no counterpart",
     ):
         assert note in said
 
@@ -192,6 +232,22 @@ def test_two_levels_of_theory(convert: Any) -> None:
         (
             SHORT.replace("batch_size: 4", "batch_size: 40"),
             "options.yaml: architecture.training.batch_size: must",
+        ),
+        (
+            SHORT.replace("validation_set: 0.25", "validation_set: [train.xyz]"),
+            "options.yaml: validation_set.0: must be as metatrain takes it; got 'train.xyz'",
+        ),
+        (
+            SHORT.replace("num_epochs: 3", "num_epochs: three"),
+            "options.yaml: architecture.training.num_epochs: must be as metatrain takes it; got",
+        ),
+        (
+            SHORT.replace("0.01}", "0.01, finetune: {read_from: a, method: lora, config: {}}}"),
+            "options.yaml: architecture.training.finetune.config.rank: must be as metatrain takes",
+        ),
+        (
+            SHORT.replace("0.25", "0.5").replace("test_set: 0.0", "test_set: 0.5"),
+            "options.yaml: test_set: must be a share of the structures that leaves some for",
         ),
         (
             SHORT.replace("train.xyz", "{systems: train.xyz, targets: {mtt::U0: {key: energy}}}"),
