@@ -122,7 +122,13 @@ def _open_trained(
         # Someone else's file: the whole model must come from it, with nothing new and no adapters.
         model = dataclasses.replace(config.model, checkpoint=Path(checkpoint), strict=True)
         foreign = dataclasses.replace(config, model=model, finetune=FinetuneConfig())
-        return *assemble(foreign, device, console), checkpoint, None
+        task, adapter = assemble(foreign, device, console)
+        if task.new_heads:
+            raise CheckpointError(
+                f"{checkpoint}: must hold the whole model; it lacks {', '.join(task.new_heads)};"
+                " name a trained checkpoint"
+            )
+        return task, adapter, checkpoint, None
     task, adapter = assemble(config, device, console, pretrained=False)
     load_state_dict(task.model, read_weights(folder).tensors, where=folder)
     own = folder.resolve().is_relative_to(config.run.folder.resolve())

@@ -181,7 +181,8 @@ def _check_zip(path: Path) -> None:
 def _holds_code(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: must hold tensors and plain data only; got {what}, that is code, which was not"
-        " run; re-save its state_dict as safetensors with the tool that made it"
+        " run; re-save its state_dict as safetensors with the tool that made it, or have an adapter"
+        " that knows it read it (fastft show --run RUN.toml)"
     )
 
 

@@ -134,7 +134,8 @@ CHECKPOINT = [
         "torch file with code",
         "train run.toml model.checkpoint=weights.pt",
         "weights.pt: must hold tensors and plain data only; got 'posix.mkdir', that is code, which"
-        " was not run; re-save its state_dict as safetensors with the tool that made it",
+        " was not run; re-save its state_dict as safetensors with the tool that made it, or have an"
+        " adapter that knows it read it (fastft show --run RUN.toml)",
         before=save_with_code,
     ),
     case(
@@ -142,7 +143,8 @@ CHECKPOINT = [
         "train run.toml model.checkpoint=weights.pt",
         "weights.pt: must hold tensors and plain data only; got a Python pickle that torch.save did"
         " not write, that is code, which was not run; re-save its state_dict as safetensors with"
-        " the tool that made it",
+        " the tool that made it, or have an adapter that knows it read it (fastft show --run"
+        " RUN.toml)",
         before=pickle_code,
     ),
     case(

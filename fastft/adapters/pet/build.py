@@ -53,7 +53,9 @@ def build_model(options: PetOptions, targets: RunTargets, checkpoint: Path | Non
     """
     model = None if checkpoint is None else read_model(checkpoint)
     if model is None:
-        built = Built(_from_options(options, targets), (), targets.trained)
+        # Another file has all that the model has, or the core says what it lacks.
+        fresh = targets.trained if checkpoint is None else ()
+        built = Built(_from_options(options, targets), (), fresh)
     else:
         built = _from_checkpoint(model, options, targets, cast(Path, checkpoint))
     model = built.model

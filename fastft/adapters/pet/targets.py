@@ -193,11 +193,15 @@ def _misfits(
     for target in targets.names:
         where, own = settings_of(options, target)
         info, source = known.get(target), own.inherit_heads
-        if source is not None and (source not in known or info is not None):
-            others = [name for name in known if name != target]
+        if source is not None and info is not None:
             yield (
-                f"{where}.inherit_heads: must name a target of the checkpoint, for a target that it"
-                f" has not; got '{source}' for '{target}'{nearest(source, others)}"
+                f"{where}.inherit_heads: must be absent where the checkpoint has heads of the"
+                f" target, '{target}'; got '{source}'; remove it"
+            )
+        elif source is not None and source not in known:
+            yield (
+                f"{where}.inherit_heads: must name a target of the checkpoint; got '{source}' for"
+                f" '{target}'{nearest(source, known)}"
             )
         if info is None:
             if target in targets.evaluated:

@@ -9,6 +9,7 @@ import ase.io
 import pytest
 import tomli_w
 import torch
+from safetensors.torch import load_file
 from upstream_pet import Upstream
 
 from fastft.adapters.pet.baseline import Baseline, fit_baseline
@@ -82,6 +83,27 @@ def test_a_resumed_run_is_as_one_that_was_not(pet_run: str, fastft: Any) -> None
     last = [r for r in records() if "train/loss" in r][-1]
     assert last["step"] == 4
     assert last["train/loss"] == whole[-1]["train/loss"]
+
+
+def test_what_a_checkpoint_has(pet_run: str, fastft: Any) -> None:
+    """fastft's own say composition energies, too, and one without a target is not scored on it."""
+    done(fastft, "train", pet_run)
+    weights = "run/checkpoints/step-00000004/model.safetensors"
+    settings = ("run.folder=tuned", f"model.checkpoint={weights}", "data.train.0.options.frames=:5")
+    done(fastft, "train", pet_run, *settings)
+    tuned = load_file("tuned/checkpoints/step-00000004/model.safetensors")
+    for name, values in load_file(weights).items():
+        assert torch.equal(tuned[name], values) == (
+            "buffer" in name or not values.is_floating_point()
+        )
+    done(fastft, "export", pet_run, "--to", "old.ckpt")
+    other = ("--checkpoint", "old.ckpt", "model.options.target=energy/x")
+    outcome = fastft("evaluate", pet_run, *other)
+    assert outcome.code == 2
+    lacks = (
+        "old.ckpt: must hold the whole model; it lacks backend.node_heads.energy/x, backend.edge"
+    )
+    assert outcome.errors.startswith(f"fastft: {lacks}")
 
 
 @pytest.mark.parametrize("method", ["full", "heads", "lora"])

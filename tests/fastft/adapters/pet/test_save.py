@@ -147,7 +147,7 @@ def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: 
         ({"elements": ["H"]}, "must be the checkpoint's, H, C, O; got H; remove them"),
         ({"elements": ["H", "C", "O"], "hypers": {"d_pet": 16}}, "d_pet must be the .* 8; got 16"),
         ({"unit": "Hartree"}, r"model\.options\.unit: must be that of the .* 'eV'; got 'Hartree'"),
-        ({"inherit_heads": "energy"}, "must name a target of the checkpoint, for a target that it"),
+        ({"inherit_heads": "energy"}, "must be absent where the checkpoint has"),
         ({"target": "energy/x", "inherit_heads": "enrgy"}, "did you mean 'energy'"),
         ({"target": "energy/x", "unit": "parsec"}, "must be an energy's unit"),
     ):

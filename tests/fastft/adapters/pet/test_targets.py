@@ -201,13 +201,14 @@ def test_a_variant_is_exported_as_energy(
         (
             ["energy"],
             {"inherit_heads": "energy"},
-            "model.options.inherit_heads: must name a target",
+            "model.options.inherit_heads: must be absent where the checkpoint has heads of the"
+            " target, 'energy'; got 'energy'; remove it",
         ),
         (
             ["energy", NEW],
             {"targets": {NEW: {"inherit_heads": "energi"}}},
-            f"model.options.targets.{NEW}.inherit_heads: must name a target of the checkpoint, for"
-            f" a target that it has not; got 'energi' for '{NEW}'; did you mean 'energy'?",
+            f"model.options.targets.{NEW}.inherit_heads: must name a target of the checkpoint;"
+            f" got 'energi' for '{NEW}'; did you mean 'energy'?",
         ),
         (
             ["energy"],
