@@ -34,10 +34,14 @@ def read_model(path: Path) -> PET | None:
         None where the file is not named as upstream's are; the core then reads it.
 
     Raises:
-        CheckpointError: it is no checkpoint of PET, or of a later format.
+        CheckpointError: there is none, or none of PET, or of a later format.
     """
-    if path.suffix != SUFFIX or not path.is_file():
+    if path.suffix != SUFFIX:
         return None
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of metatrain; got no such file; check the path"
+        )
     try:
         content = torch.load(path, "cpu", weights_only=False)
     except _UNREADABLE as error:

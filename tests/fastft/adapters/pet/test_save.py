@@ -160,6 +160,10 @@ def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: 
         CheckpointError, match="must be a checkpoint of PET; got one of 'soap_bpnn'"
     ):
         build(make_adapter(elements=[]), tmp_path / "other.ckpt")
+    with pytest.raises(
+        CheckpointError, match="absent.ckpt: must be .* got no such file; check the"
+    ):
+        build(make_adapter(elements=[]), tmp_path / "absent.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="must be a checkpoint of metatrain; got"):
         build(make_adapter(elements=[]), tmp_path / "broken.ckpt")
