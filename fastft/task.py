@@ -338,8 +338,8 @@ class Conversion:
 class Adapter(Protocol):
     """A model family. Made with its parsed options: `adapter = Adapter(options)`.
 
-    What only some families have is not listed here: `expect`, `optim_presets`, `report` and
-    `convert`, in CONTRIBUTING.md ("Writing an adapter").
+    What only some families have is not listed here: `expect`, `optim_presets`, `report`,
+    `statistics` and `convert`, in CONTRIBUTING.md ("Writing an adapter").
 
     Attributes:
         Options: pydantic dataclass that checks `[model.options]`.
