@@ -161,7 +161,7 @@ def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: 
     ):
         build(make_adapter(elements=[]), tmp_path / "other.ckpt")
     with pytest.raises(
-        CheckpointError, match="absent.ckpt: must be .* got no such file; check the"
+        CheckpointError, match=r"absent\.ckpt: must be .* got no such file; check the"
     ):
         build(make_adapter(elements=[]), tmp_path / "absent.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:1000])
