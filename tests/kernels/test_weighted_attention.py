@@ -104,5 +104,6 @@ def test_opcheck(device):
     ],
 )
 def test_wrong_inputs_are_named(shapes, part, device):
+    qkv, weights = (torch.zeros(shape, device=device) for shape in shapes)
     with pytest.raises(ValueError, match=part):
-        weighted_attention(*(torch.zeros(shape, device=device) for shape in shapes), HEADS, SCALE)
+        weighted_attention(qkv, weights, HEADS, SCALE)
