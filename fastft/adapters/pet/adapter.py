@@ -30,6 +30,8 @@ from fastft.adapters.pet.targets import (
     find_targets,
     heads,
     rename_to_energy,
+    rescale_heads,
+    settings_of,
     unit_of,
 )
 from fastft.adapters.pet.unit_checks import Reference
@@ -60,6 +62,7 @@ class PetAdapter:
         self._adaptive: dict[str, Any] | None = None
         self._units: dict[str, str] = {}
         self._fitted: tuple[str, ...] = ()
+        self._rescaled: tuple[str, ...] = ()
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
         self._model: PET | None = None
@@ -101,6 +104,12 @@ class PetAdapter:
         built = build_model(options, targets, checkpoint)
         model = built.model
         self._fitted = targets.trained if options.fit == "always" else built.fresh
+        random = [
+            name for name in built.fresh if settings_of(options, name)[1].inherit_heads is None
+        ]
+        self._rescaled = tuple(
+            name for name in self._fitted if options.rescale_heads and name not in random
+        )
         self._cutoff, self._elements = model.cutoff, tuple(model.atomic_types)
         # The checks hold the dict.
         self._units.clear()
@@ -164,12 +173,21 @@ class PetAdapter:
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:
-        """Fits composition energies and scales of new targets, each to its own data sets."""
+        """Fits composition energies and scales of new targets, each to its own data sets.
+
+        Heads that are not at random go on saying what they said (`rescale_heads`). Where a run
+        goes on, its scale is loaded before, and the same data give the same: nothing changes.
+        """
+        model = cast(PET, task.model)
         data = [self._training[source.name] for source in loader.sources]
         for target in self._fitted:
             index = self.targets.names.index(target)
             samples = [sample for each in data if each.target == index for sample in each.samples]
-            fit_baseline(cast(PET, task.model), target, samples)
+            _, before = composition(model, target)
+            fit_baseline(model, target, samples)
+            _, scale = composition(model, target)
+            if target in self._rescaled:
+                rescale_heads(model, target, before / scale)
 
     def _reference(self, target: int) -> Reference | None:
         """Of a target that keeps its composition energies and scale."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import metatensor.torch
 import torch
-from metatomic.torch import System
+from metatomic.torch import System, unit_conversion_factor
 
 # Not exported, but what upstream's own fits run; the package's version is pinned.
 from metatrain.composition._base_composition import BaseCompositionModel
@@ -66,6 +66,16 @@ def composition(model: PET, target: str) -> tuple[dict[int, float], float]:
 def type_index(model: PET, species: Tensor) -> Tensor:
     """Number of each atom's type among the model's, `[N]`."""
     return cast(Tensor, cast(Any, model.additive_models[0]).model.type_to_index)[species]
+
+
+def copy_scale(model: PET, source: str, target: str) -> None:
+    """Gives a target the scale of another, in its own unit."""
+    infos = model.dataset_info.targets
+    factor = unit_conversion_factor(infos[source].unit, infos[target].unit)
+    for name in ("scaler_buffer", "per_target_scaler_buffer"):
+        scale = mts.load_buffer(model.scaler.get_buffer(f"{source}_{name}").cpu())
+        scale.block().values.mul_(factor)
+        _write(model.scaler, f"{target}_{name}", scale)
 
 
 def fit_baseline(model: PET, target: str, samples: Sequence[Sample]) -> None:

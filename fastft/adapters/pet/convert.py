@@ -128,6 +128,12 @@ def _targets(
                 "description": given["description"],
                 "inherit_heads": inherited.get(target),
             }
+            if settings["inherit_heads"]:
+                notes.append(
+                    "architecture.training.finetune.inherit_heads: heads are rescaled here, so that"
+                    f" '{target}' begins at the old potential; model.options.rescale_heads = false"
+                    " begins as upstream"
+                )
             made[target] = {name: value for name, value in settings.items() if value}
     first, *others = made
     tree: dict[str, Any] = {"target": first, **made[first]}

@@ -138,6 +138,14 @@ class PetOptions(TargetOptions):
             " fastft's kernel, which rounds otherwise than upstream's; not measured there yet."
         ),
     ] = "off"
+    rescale_heads: Annotated[
+        bool,
+        Field(
+            description="Multiply last layers by old scale / new scale where a scale is fitted for"
+            " heads that are inherited, or a target's own with `fit = 'always'`: training begins at"
+            " the old potential. Upstream does not: it begins at new scale / old scale times that."
+        ),
+    ] = True
     loss: Annotated[PetLossOptions, Field(description="The loss.")] = PetLossOptions()
 
 

@@ -13,13 +13,15 @@ from metatrain.pet.modules.finetuning import copy_head_weights
 from metatrain.utils.data import DatasetInfo
 from metatrain.utils.data.target_info import TargetInfo, get_energy_target_info
 
+from fastft.adapters.pet.baseline import copy_scale
 from fastft.adapters.pet.options import AtomsOptions, PetOptions, TargetOptions
 from fastft.config import DataConfig, DataSource
 from fastft.errors import ConfigError, nearest
 from fastft.runfile import parse
 
 # Modules that hold a target's own weights, by target.
-HEADS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+LAST_LAYERS = ("node_last_layers", "edge_last_layers")
+HEADS = ("node_heads", "edge_heads", *LAST_LAYERS)
 _BUFFERS = ("scaler_buffer", "per_target_scaler_buffer", "per_property_scaler_buffer")
 ENERGY = "energy"
 
@@ -133,6 +135,8 @@ def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[s
     for target in fresh:
         if (source := settings_of(options, target)[1].inherit_heads) is not None:
             copy_head_weights(model, source, target)
+            # What they count in, until the target's own is fitted.
+            copy_scale(model, source, target)
             new = [name for name in new if f".{target}." not in name]
     if not options.keep_targets:
         for name in [name for name in known if name not in targets.names]:
@@ -146,13 +150,14 @@ def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets)
     Args:
         known: the checkpoint's.
     """
+    rescaled = "rescaled" if options.rescale_heads else "not rescaled"
     for target in targets.trained:
         if target in known:
-            fit = "are fitted anew" if options.fit == "always" else "stay"
+            fit = f"are fitted anew, its heads {rescaled}" if options.fit == "always" else "stay"
             yield f"target '{target}': its composition energies and scale {fit}"
         else:
             source = settings_of(options, target)[1].inherit_heads
-            start = f"start as those of '{source}'" if source else "start at random"
+            start = f"start as those of '{source}', {rescaled}" if source else "start at random"
             yield f"new target '{target}': its heads {start}"
     others = [name for name in known if name not in targets.trained]
     kept = [name for name in others if options.keep_targets or name in targets.evaluated]
@@ -166,6 +171,17 @@ def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets)
             f"targets dropped, since no data set holds them: {_listed(dropped)};"
             " model.options.keep_targets = true keeps them"
         )
+
+
+@torch.no_grad()
+def rescale_heads(model: PET, target: str, factor: float) -> None:
+    """Multiplies what a target's heads say, by their last layers."""
+    for kind in LAST_LAYERS:
+        layers = model.get_submodule(f"backend.{kind}.{target}")
+        for name, parameter in layers.named_parameters():
+            # A low-rank update B A is multiplied once.
+            if ".lora_A." not in name:
+                parameter.mul_(factor)
 
 
 @torch.no_grad()
@@ -202,6 +218,11 @@ def _misfits(
             yield (
                 f"{where}.inherit_heads: must name a target of the checkpoint; got '{source}' for"
                 f" '{target}'{nearest(source, known)}"
+            )
+        elif source is not None and known[source].quantity != "energy":
+            yield (
+                f"{where}.inherit_heads: must name an energy; got '{source}', which is another"
+                " quantity in the checkpoint; name an energy, or remove it"
             )
         if info is None:
             if target in targets.evaluated:

@@ -159,6 +159,7 @@ def test_fine_tuning(convert: Any) -> None:
     assert tree["run"] == {"folder": "runs/options", "steps": 20, "seed": 7, "device": "cuda"}
     assert tree["model"]["checkpoint"] == "pretrained.ckpt"
     assert tree["finetune"] == {"method": "heads"}
+    assert "'energy/pbe0' begins at the old potential; model.options.rescale_heads" in said
     assert tree["model"]["options"] == {
         **{"target": "energy/pbe0", "unit": "eV", "description": "PBE0"},
         **{"inherit_heads": "energy", "keep_targets": True, "dtype": "float64"},

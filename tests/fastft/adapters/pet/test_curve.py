@@ -49,6 +49,7 @@ def test_fifty_steps(molecules: None, fastft: Any, monkeypatch: Any, method: str
     options = {
         "target": "energy/new",
         "inherit_heads": "energy",
+        "rescale_heads": False,
         "keep_targets": method == "heads",
     }
     found = ours(fastft, method, STEPS, {"checkpoint": "old.ckpt", "options": options})

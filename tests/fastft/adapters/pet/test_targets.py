@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ase
@@ -9,11 +10,12 @@ import ase.io
 import ase.units
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from metatomic_ase import MetatomicCalculator
 from metatrain.pet.modules.finetuning import LoRALinear
 from upstream_pet import Upstream
 
-from fastft.adapters.pet.baseline import Baseline, fit_baseline
+from fastft.adapters.pet.baseline import Baseline, composition, fit_baseline
 from fastft.adapters.pet.checkpoint import read_model
 from fastft.config import DataConfig, DataSource, FinetuneConfig
 from fastft.errors import ConfigError
@@ -56,13 +58,53 @@ def data_of(file: Path, targets: Any, evaluated: Any = ()) -> DataConfig:
     return DataConfig(train=tuple(train), validation=tuple(validation))
 
 
-def predict(adapter: Any, task: Any, file: Path, target: str) -> torch.Tensor:
+def loss_of(adapter: Any, task: Any, file: Path, target: str) -> Any:
     data = adapter.dataset(DataSource(path=file, options={"target": target}), "validation")
     samples = [adapter.transform(data[i], "validation") for i in range(len(data))]
     task.model.eval()
     with torch.no_grad():
-        loss = task.loss(task.model, Batch(adapter.collate(samples), len(samples)))
-    return torch.cat([loss.predictions["energy"], loss.predictions["forces"].flatten()])
+        return task.loss(task.model, Batch(adapter.collate(samples), len(samples)))
+
+
+def predict(adapter: Any, task: Any, file: Path, target: str) -> torch.Tensor:
+    found = loss_of(adapter, task, file, target).predictions
+    return torch.cat([found["energy"], found["forces"].flatten()])
+
+
+def fit(adapter: Any, task: Any, file: Path) -> None:
+    """Composition energies and scale of the run's first target, as before training."""
+    source = DataSource(path=file, options={"target": adapter.targets.trained[0]})
+    adapter.dataset(source, "train")
+    adapter.prepare(task, SimpleNamespace(sources=[DataSource(path=file, name=str(file))]))
+
+
+def tripled(file: Path, folder: Path) -> Path:
+    """The structures with three times their energies, and so three times the scale."""
+    frames = ase.io.read(file, ":")
+    assert isinstance(frames, list)
+    for atoms in frames:
+        atoms.calc.results["energy"] = 3 * atoms.get_potential_energy()  # type: ignore[union-attr]
+    ase.io.write(folder / "tripled.xyz", frames, format="extxyz")
+    return folder / "tripled.xyz"
+
+
+def relabelled(file: Path, to: Path, said: torch.Tensor) -> list[ase.Atoms]:
+    """The structures with predicted energies and forces, and 5 more for each atom."""
+    frames = ase.io.read(file, ":")
+    assert isinstance(frames, list)
+    forces = said[len(frames) :].reshape(-1, 3).split([len(atoms) for atoms in frames])
+    for atoms, energy, own in zip(frames, said, forces, strict=False):
+        energy = energy.item() + 5 * len(atoms)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=own.numpy())
+    ase.io.write(to, frames, format="extxyz")
+    return frames
+
+
+def alone(model: Any, frames: list[ase.Atoms], target: str) -> torch.Tensor:
+    """What composition says of all that `predict` returns: nothing of forces."""
+    own, _ = composition(model, target)
+    energies = [sum(own[number] for number in atoms.numbers) for atoms in frames]
+    return torch.tensor([*energies, *[0.0] * sum(3 * len(a) for a in frames)], dtype=torch.float64)
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -116,6 +158,79 @@ def test_each_target_is_fitted_to_its_own_data(
     upstream.fit()
     for ours, theirs in zip(Baseline(NEW)(task.model), Baseline(NEW)(upstream.model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("unit", ["eV", "Hartree"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_inherited_heads_begin_at_the_old_potential(
+    tuned: Any, atoms_file: Path, tmp_path: Path, rescale: bool, unit: str
+) -> None:
+    """On labels that the old potential made, with other energies of the atoms."""
+    old_adapter, old = tuned("energy")
+    per_unit = getattr(ase.units, unit)
+    file = tmp_path / "new.xyz"
+    said = predict(old_adapter, old, atoms_file, "energy") / per_unit
+    frames = relabelled(atoms_file, file, said)
+    options = {"target": NEW, "inherit_heads": "energy", "unit": unit, "rescale_heads": rescale}
+    adapter, task = tuned(NEW, **options)
+    fit(adapter, task, file)
+    ratio = Baseline("energy")(old.model)[1] / Baseline(NEW)(task.model)[1] / per_unit
+    assert not 0.9 < ratio < 1.1
+    # Weights are upstream's to the bit, unless rescaled.
+    before, after = old.model.state_dict(), task.model.state_dict()
+    for name in [name for name in after if f".{NEW}." in name]:
+        factor = ratio if rescale and "last_layers" in name else 1
+        expected = before[name.replace(NEW, "energy")] * factor
+        # By the packages' electronvolts per hartree.
+        torch.testing.assert_close(after[name], expected, rtol=1e-7 if rescale else 0, atol=0)
+    said = said - alone(old.model, frames, "energy") / per_unit
+    says = predict(adapter, task, file, NEW) - alone(task.model, frames, NEW)
+    torch.testing.assert_close(says, said if rescale else said / ratio, rtol=1e-7, atol=1e-7)
+    forces = loss_of(adapter, task, file, NEW).parts["forces"]
+    assert forces < 1e-12 if rescale else forces > 1e-2
+
+
+@pytest.mark.parametrize("lora", [None, {"target_modules": [f"{NEW}___0"]}])
+def test_heads_are_rescaled_once(tuned: Any, atoms_file: Path, tmp_path: Path, lora: Any) -> None:
+    """As in a run that goes on: its weights are loaded before scales are fitted again."""
+    options = {"targets": {NEW: {"inherit_heads": "energy"}}, "lora": lora}
+    adapter, task = tuned(NEW, "energy", **options)
+    fit(adapter, task, tripled(atoms_file, tmp_path))
+    randomise(task.model)
+    trained = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    adapter, task = tuned(NEW, "energy", **options)
+    task.model.load_state_dict(trained)
+    fit(adapter, task, tripled(atoms_file, tmp_path))
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_target_that_is_fitted_anew_keeps_its_potential(
+    tuned: Any, atoms_file: Path, tmp_path: Path, rescale: bool
+) -> None:
+    lora = {"target_modules": ["energy___0"]}
+    adapter, task = tuned("energy", fit="always", rescale_heads=rescale, lora=lora)
+    # As updates of a checkpoint that upstream trained.
+    randomise(task.model)
+    old = predict(adapter, task, atoms_file, "energy")
+    before = Baseline("energy")(task.model)[1]
+    fit(adapter, task, tripled(atoms_file, tmp_path))
+    new = predict(adapter, task, atoms_file, "energy")
+    ratio = before / Baseline("energy")(task.model)[1]
+    assert ratio == pytest.approx(1 / 3)
+    factor = 1 if rescale else ratio
+    torch.testing.assert_close(new[12:] * factor, old[12:], rtol=1e-10, atol=1e-10)
+    shown = "not rescaled" if not rescale else "rescaled"
+    assert task.notes[0].endswith(f"are fitted anew, its heads {shown}")
+
+
+def test_heads_at_random_are_not_rescaled(tuned: Any, atoms_file: Path, tmp_path: Path) -> None:
+    adapter, task = tuned(NEW, target=NEW)
+    before = {name: p.clone() for name, p in task.model.named_parameters()}
+    fit(adapter, task, tripled(atoms_file, tmp_path))
+    for name, parameter in task.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_low_rank_updates_start_as_the_checkpoint(tuned: Any, atoms_file: Path) -> None:
@@ -249,6 +364,15 @@ def test_bad_targets(tuned: Any, targets: Any, options: Any, message: str | None
     with pytest.raises(ConfigError) as error:
         tuned(*targets, **options)
     assert error.value.problems[0].startswith(message)
+
+
+def test_heads_of_another_quantity(tuned: Any, checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    content["model_data"]["dataset_info"].targets["energy"].quantity = "dipole"
+    torch.save(content, checkpoint)
+    message = r"model\.options\.inherit_heads: must name an energy; got 'energy', which is another"
+    with pytest.raises(ConfigError, match=message):
+        tuned(NEW, target=NEW, inherit_heads="energy")
 
 
 def test_a_target_that_is_evaluated_must_be_there(tuned: Any) -> None:
