@@ -74,7 +74,7 @@ def table(record: Record) -> str:
     lines = []
     for split, title in SPLITS.items():
         lines += [f"{title.capitalize()}:", "", _line(head), _line(["---"] * len(head))]
-        for way in COLOURS:
+        for way in _ways(record):
             cells = [_cell(record, way, number, split) for number in numbers]
             lines.append(_line([f"`{way}`" if "_" in way else way, *cells]))
         lines.append("")
@@ -86,7 +86,8 @@ def draw(record: Record, path: Path) -> None:
     numbers = sorted({row["structures"] for row in record["rows"]} - {0})
     figure, axes = plt.subplots(1, len(SPLITS), figsize=(9, 3.8), sharey=True, layout="constrained")
     for axis, (split, title) in zip(axes, SPLITS.items(), strict=True):
-        for way, colour in COLOURS.items():
+        for way in _ways(record):
+            colour = COLOURS[way]
             found = [_forces(record, way, number, split) for number in numbers]
             means = [np.mean(each) for each in found]
             axis.plot(numbers, means, color=colour, label=way)
@@ -123,6 +124,11 @@ def _read(path: Path) -> Sequence[Any]:
     frames = ase.io.read(path, ":")
     assert isinstance(frames, list)
     return frames
+
+
+def _ways(record: Record) -> list[str]:
+    found = {row["way"] for row in record["rows"]}
+    return [way for way in COLOURS if way in found]
 
 
 def _rows(record: Record, way: str, number: int) -> list[Record]:

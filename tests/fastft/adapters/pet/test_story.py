@@ -16,7 +16,10 @@ from ase.calculators.morse import MorsePotential
 
 ROOT = Path(__file__).parents[4]
 STORY = ROOT / "examples" / "pet" / "g2"
-RECORD = ROOT / "benchmarks" / "results" / "2026-11-26-cpu-pet-g2.jsonl"
+RECORDS = [
+    ROOT / "benchmarks" / "results" / f"2026-11-26-cpu-pet-g2{name}.jsonl"
+    for name in ("", "-not-rescaled")
+]
 DATA = Path("runs/g2/data")
 
 
@@ -103,6 +106,7 @@ def test_run_files_are_short() -> None:
     assert all(len(file.read_text().splitlines()) <= 40 for file in files)
 
 
-def test_the_table_is_the_record(load: Any) -> None:
-    record = json.loads(RECORD.read_text())
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_table_is_the_record(load: Any, path: Path) -> None:
+    record = json.loads(path.read_text())
     assert load("report").table(record) in (STORY / "README.md").read_text()
