@@ -91,7 +91,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         )
 
 
-@pytest.mark.parametrize("backend", ["off", "aot_eager"])
+@pytest.mark.parametrize("backend", ["off", "eager"])
 def test_attention_on_the_kernel_is_as_upstreams(
     fitted: Any, use_backend: Any, backend: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_attention_on_the_kernel_is_as_upstreams(
     ("backend", "method", "options"),
     [
         ("aot_eager", "full", {"stress": True}),
-        ("aot_eager", "heads", {}),
+        ("eager", "heads", {}),
         ("eager", "lora", {}),
         ("eager", "full", {"hypers": {"num_neighbors_adaptive": 4, "cutoff": 4.0}}),
     ],
