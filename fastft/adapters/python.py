@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from fastft.adapters.criterion import refuse_terms
 from fastft.config import DataSource
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.portable import write_portable
@@ -112,11 +113,8 @@ class FileAdapter:
                     f"{file}: build() must return an nn.Module, (nn.Module, loss function) or a"
                     f" Task; got {_kind(built)}; correct what it returns"
                 )
-        if own_loss is not None and criterion is not None:
-            raise ConfigError(
-                "loss.terms: must be absent, since build() returns its own loss; got some; remove"
-                " one of the two"
-            )
+        if own_loss is not None:
+            refuse_terms(criterion, "build() returns its own loss", "remove one of the two")
         model.to(device)
         if isinstance(built, Task):
             return built

@@ -109,6 +109,7 @@ def check_columns(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> No
 
 
 def output_dtype(x: torch.Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on, so that a norm never widens what it returns."""
+    """The autocast dtype where autocast is on: of products with x, and of norms, which must not
+    widen what they return."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastft_kernels.attention_formulas import join_heads, score_gradients, split_heads
 from fastft_kernels.device import (
     FLOAT_DTYPES,
     HEAD_COLUMNS,
@@ -41,30 +42,25 @@ def reference(q: Tensor, kv: Tensor, heads: int) -> Tensor:
     """The formula in plain torch."""
     q, k, v = _by_head(q, kv, heads)
     found = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
-    return found.transpose(1, 2).flatten(2)
+    return join_heads(found)
 
 
 def plain_backward(dy: Tensor, q: Tensor, kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """(dq, dkv), computed in float32 at least; autograd can differentiate them."""
     wide = torch.promote_types(kv.dtype, torch.float32)
     by_head, k, v = _by_head(q.to(wide), kv.to(wide), heads)
-    dy = _split(dy.to(wide), heads)
+    dy = split_heads(dy.to(wide), heads)
     scale = k.shape[-1] ** -0.5
-    p = (by_head @ k.mT * scale).softmax(-1)
-    dp = dy @ v.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dq, dk, dv = (x.transpose(1, 2).flatten(2) for x in (ds @ k, ds.mT @ by_head, p.mT @ dy))
+    p, ds = score_gradients(dy, by_head, k, v, scale, None)
+    ds = ds * scale
+    dq, dk, dv = map(join_heads, (ds @ k, ds.mT @ by_head, p.mT @ dy))
     return dq.sum_to_size(q.shape).to(q.dtype), torch.cat([dk, dv], dim=2).to(kv.dtype)
 
 
 def _by_head(q: Tensor, kv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as `[S, heads, L, D]`."""
     k, v = kv.chunk(2, dim=2)
-    return _split(q, heads), _split(k, heads), _split(v, heads)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2)
+    return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
 
 
 @triton.jit

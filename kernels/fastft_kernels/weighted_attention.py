@@ -20,6 +20,7 @@ and the results. Kept: qkv and log_weights, and by backward dO too.
 import torch
 from torch import Tensor
 
+from fastft_kernels.attention_formulas import join_heads, score_gradients, split_heads
 from fastft_kernels.device import HEAD_COLUMNS, launch, next_power_of_2, runs_triton
 from fastft_kernels.dispatch import as_differentiable_op, as_op
 from fastft_kernels.weighted_kernels import backward, double_backward, forward
@@ -29,22 +30,21 @@ MAX_TOKENS = 64
 
 def reference(qkv: Tensor, log_weights: Tensor, heads: int, scale: float) -> Tensor:
     """The formula in plain torch."""
-    q, k, v = _by_head(qkv, 3 * heads).chunk(3, dim=1)
+    q, k, v = split_heads(qkv, 3 * heads).chunk(3, dim=1)
     scores = scale * (q @ k.mT) + log_weights[:, None, None, :].to(q.dtype)
-    return _joined(scores.softmax(-1) @ v)
+    return join_heads(scores.softmax(-1) @ v)
 
 
 def plain_backward(
     dy: Tensor, qkv: Tensor, log_weights: Tensor, heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, dlog_weights)."""
-    q, k, v = _by_head(qkv, 3 * heads).chunk(3, dim=1)
-    dy = _by_head(dy, heads)
-    p = (scale * (q @ k.mT) + log_weights[:, None, None, :].to(q.dtype)).softmax(-1)
-    dp = dy @ v.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    q, k, v = split_heads(qkv, 3 * heads).chunk(3, dim=1)
+    dy = split_heads(dy, heads)
+    bias = log_weights[:, None, None, :].to(q.dtype)
+    p, ds = score_gradients(dy, q, k, v, scale, bias)
     found = torch.cat([scale * (ds @ k), scale * (ds.mT @ q), p.mT @ dy], dim=1)
-    return _joined(found), ds.sum((1, 2))
+    return join_heads(found), ds.sum((1, 2))
 
 
 def plain_double_backward(
@@ -57,9 +57,9 @@ def plain_double_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of dy, qkv and log_weights."""
-    q, k, v = _by_head(qkv, 3 * heads).chunk(3, dim=1)
-    gq, gk, gv = _by_head(gqkv, 3 * heads).chunk(3, dim=1)
-    dy = _by_head(dy, heads)
+    q, k, v = split_heads(qkv, 3 * heads).chunk(3, dim=1)
+    gq, gk, gv = split_heads(gqkv, 3 * heads).chunk(3, dim=1)
+    dy = split_heads(dy, heads)
     p = (scale * (q @ k.mT) + log_weights[:, None, None, :].to(q.dtype)).softmax(-1)
     dp = dy @ v.mT
     delta = (p * dp).sum(-1, keepdim=True)
@@ -70,17 +70,7 @@ def plain_double_backward(
     g = dp * centred - delta * a + dy @ gv.mT
     h = p * (g - (p * g).sum(-1, keepdim=True))
     found = [scale * (ds @ gk + h @ k), scale * (ds.mT @ gq + h.mT @ q), e.mT @ dy]
-    return _joined(e @ v + p @ gv), _joined(torch.cat(found, dim=1)), h.sum((1, 2))
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """`[S, T, heads * D]` as `[S, heads, T, D]`."""
-    return x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2)
-
-
-def _joined(x: Tensor) -> Tensor:
-    """`[S, heads, T, D]` as `[S, T, heads * D]`."""
-    return x.transpose(1, 2).flatten(2)
+    return join_heads(e @ v + p @ gv), join_heads(torch.cat(found, dim=1)), h.sum((1, 2))
 
 
 def _takes(qkv: Tensor) -> bool:
@@ -102,11 +92,6 @@ def _launch(kernel, tensors, qkv: Tensor, heads: int, scale: float, warps: int =
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         num_warps=warps,
     )
-
-
-def _summed(by_head: Tensor, out: Tensor) -> Tensor:
-    """Over the heads of `[S, heads, T]`."""
-    return out.copy_(by_head.sum(1))
 
 
 def _run_forward(qkv: Tensor, log_weights: Tensor, heads: int, scale: float) -> Tensor:
@@ -136,7 +121,7 @@ def _run_backward(
         dy, qkv, weights = dy.contiguous(), qkv.contiguous(), log_weights.float().contiguous()
         by_head = qkv.new_empty((len(qkv), heads, qkv.shape[1]))
         _launch(backward, (dy, qkv, weights, dqkv, by_head), qkv, heads, scale)
-        _summed(by_head, dweights)
+        dweights.copy_(by_head.sum(1))
     return dqkv, dweights
 
 
@@ -163,7 +148,7 @@ def _run_double_backward(
         inputs = [x.float().contiguous() for x in (gqkv, gweights, dy, qkv, log_weights)]
         by_head = qkv.new_empty((len(qkv), heads, qkv.shape[1]))
         _launch(double_backward, (*inputs, gdy, gx, by_head), inputs[3], heads, scale, 8)
-        _summed(by_head, gb)
+        gb.copy_(by_head.sum(1))
     return out
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft_kernels.attention_formulas import score_gradients, split_heads
 from fastft_kernels.device import ceil_div
 
 Triple = tuple[int, int, int]
@@ -34,6 +35,11 @@ class Grid:
         """How much of the padding is before the grid, along each axis."""
         c, h, w = ((p - n) // 2 for p, n in zip(self.padded, self.size, strict=True))
         return c, h, w
+
+    def pad(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W, D]` with zeros behind, as whole windows."""
+        c, h, w = (p - n for p, n in zip(self.padded, self.size, strict=True))
+        return F.pad(x, (0, 0, 0, w, 0, h, 0, c)) if c or h or w else x
 
     @property
     def tokens(self) -> int:
@@ -66,14 +72,10 @@ def plain_backward(
     whole = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     places, mask = tables(grid, len(qkv), whole)
     q, k, v = _into_windows(whole, 3 * heads, places).chunk(3, dim=1)
-    behind = [p - n for p, n in zip(grid.padded, size, strict=True)]
-    padded = F.pad(dy.to(whole.dtype), (0, 0, 0, behind[2], 0, behind[1], 0, behind[0]))
-    dy = _into_windows(padded, heads, places)
+    dy = _into_windows(grid.pad(dy.to(whole.dtype)), heads, places)
     scale = q.shape[-1] ** -0.5
-    scores = q @ k.mT * scale
-    p = (scores if mask is None else scores + mask).softmax(-1)
-    dp = dy @ v.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    p, ds = score_gradients(dy, q, k, v, scale, mask)
+    ds = ds * scale
     found = torch.cat([ds @ k, ds.mT @ q, p.mT @ dy], dim=1)
     return _out_of_windows(found, len(qkv), places).view(qkv.shape).to(qkv.dtype)
 
@@ -82,8 +84,7 @@ def _into_windows(x: Tensor, heads: int, places: Tensor) -> Tensor:
     """`[B, C', H', W', heads * D]` as `[B * windows, heads, T, D]`."""
     tokens = x.flatten(1, 3)[:, places.flatten()]
     count, length = places.shape
-    tokens = tokens.view(len(x) * count, length, heads, x.shape[-1] // heads)
-    return tokens.transpose(1, 2)
+    return split_heads(tokens.view(len(x) * count, length, x.shape[-1]), heads)
 
 
 def _out_of_windows(x: Tensor, batch: int, places: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ from fastft.adapters.aurora.presets import optim_presets
 from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
+from fastft.adapters.criterion import refuse_terms
 from fastft.config import DataSource
-from fastft.errors import ConfigError
 from fastft.runfile import parse
 from fastft.task import (
     Criterion,
@@ -102,11 +102,8 @@ class AuroraAdapter:
         pretrained: bool,
     ) -> Task:
         """The model under the paper's loss; `[loss]` must have no terms."""
-        if criterion is not None:
-            raise ConfigError(
-                "loss.terms: must be absent, since the aurora adapter has the paper's loss; got"
-                " some; remove them, and see model.options.loss"
-            )
+        advice = "remove them, and see model.options.loss"
+        refuse_terms(criterion, "the aurora adapter has the paper's loss", advice)
         options, variables = self.options, self.variables
         model = build_model(options, variables)
         self.variant.attach(model)

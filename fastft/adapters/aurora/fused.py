@@ -15,13 +15,12 @@ from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from aurora.model.film import AdaptiveLayerNorm
 from aurora.model.perceiver import PerceiverAttention
 from aurora.model.swin3d import Swin3DTransformerBlock, WindowAttention
 from aurora.model.util import maybe_adjust_windows
 from fastft_kernels import adaptive_layer_norm, short_attention, window_attention
-from fastft_kernels.device import FLOAT_DTYPES, HEAD_COLUMNS
+from fastft_kernels.device import FLOAT_DTYPES, HEAD_COLUMNS, output_dtype
 from fastft_kernels.short_attention import MAX_TOKENS as MAX_LEVELS
 from fastft_kernels.window_attention import MAX_TOKENS as MAX_WINDOW
 from fastft_kernels.window_grid import Grid
@@ -114,7 +113,7 @@ def _swin_forward(whole: bool) -> Callable[..., Tensor]:
         warped: bool = True,
     ) -> Tensor:
         # With noise a condition has its own value for each token.
-        if _dtype(x) not in _LOW or c.dim() != 2 or not warped:
+        if output_dtype(x) not in _LOW or c.dim() != 2 or not warped:
             return Swin3DTransformerBlock.forward(self, x, c, res, rollout_step, warped)
         grid = Grid(res, *maybe_adjust_windows(self.window_size, self.shift_size, res))
         shortcut = x.float() if whole else x
@@ -125,17 +124,9 @@ def _swin_forward(whole: bool) -> Callable[..., Tensor]:
     return forward
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of matrix products with x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _attend(attention: WindowAttention, x: Tensor, grid: Grid, rollout_step: int) -> Tensor:
     """`[B, C, H, W, D]` of a grid that is not rolled."""
-    behind = [p - n for p, n in zip(grid.padded, grid.size, strict=True)]
-    if any(behind):
-        x = F.pad(x, (0, 0, 0, behind[2], 0, behind[1], 0, behind[0]))
+    x = grid.pad(x)
     lora = cast(Any, attention)
     qkv = attention.qkv(x) + lora.lora_qkv(x, rollout_step)
     y = window_attention(qkv, attention.num_heads, grid.size, grid.window, grid.shift)
@@ -151,7 +142,7 @@ def _normed(norm: AdaptiveLayerNorm, x: Tensor, c: Tensor, residual: Tensor) -> 
 
 def _attend_levels(self: PerceiverAttention, latents: Tensor, x: Tensor) -> Tensor:
     """Of `[B, L1, D1]`, which may be one sample's expanded, to `[B, L2, D2]`."""
-    if max(latents.shape[1], x.shape[1]) > MAX_LEVELS or _dtype(x) not in FLOAT_DTYPES:
+    if max(latents.shape[1], x.shape[1]) > MAX_LEVELS or output_dtype(x) not in FLOAT_DTYPES:
         return PerceiverAttention.forward(self, latents, x)
     same = latents.stride(0) == 0
     q = self.ln_q(self.to_q(latents[:1] if same else latents))

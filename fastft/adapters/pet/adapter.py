@@ -10,6 +10,7 @@ import torch
 from metatrain.pet import PET
 from torch import Tensor
 
+from fastft.adapters.criterion import refuse_terms
 from fastft.adapters.pet.baseline import composition, fit_baseline
 from fastft.adapters.pet.batch import collate
 from fastft.adapters.pet.build import build_model, trained_by_heads
@@ -36,7 +37,6 @@ from fastft.adapters.pet.targets import (
 )
 from fastft.adapters.pet.unit_checks import Reference
 from fastft.config import DataConfig, DataSource
-from fastft.errors import ConfigError
 from fastft.task import (
     Conversion,
     Criterion,
@@ -95,11 +95,8 @@ class PetAdapter:
         pretrained: bool,
     ) -> Task:
         """The model under upstream's loss; `[loss]` must have no terms."""
-        if criterion is not None:
-            raise ConfigError(
-                "loss.terms: must be absent, since the pet adapter has a loss of its own; got some;"
-                " remove them, and see model.options.loss"
-            )
+        advice = "remove them, and see model.options.loss"
+        refuse_terms(criterion, "the pet adapter has a loss of its own", advice)
         options, targets = self.options, self.targets
         built = build_model(options, targets, checkpoint)
         model = built.model
