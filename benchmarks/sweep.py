@@ -1,9 +1,9 @@
 """Tries schedules of the kernels and records them all; `row_schedule` and `adam` hold the choice.
 
 Kernels are compiled by a pool of processes first, because compiling takes longer than timing.
-Norms are tried with weights in float32 and in bf16, at 2^28 elements (norm), and at 4,096 rows
-replayed from a CUDA graph (small).
-Usage: python -m benchmarks.sweep OUT.jsonl [norm small adam gradient]
+Norms are tried with weights in float32 and in bf16, at 2^28 elements (norm, and adaptive for the
+adaptive one with a residual), and at 4,096 rows replayed from a CUDA graph (small).
+Usage: python -m benchmarks.sweep OUT.jsonl [norm adaptive small adam gradient]
 """
 
 import contextlib
@@ -34,22 +34,42 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL_ROWS = 4096
 COLUMNS = (512, 1024, 2048, 4096, 8192)
 norms: Any = sys.modules["fastft_kernels.layer_norm"]
+adaptive: Any = sys.modules["fastft_kernels.adaptive_norm"]
+NORMS = {
+    "forward": ("forward", norms),
+    "backward": ("backward", norms),
+    "adaptive forward": ("forward", adaptive),
+    "adaptive backward": ("backward", adaptive),
+}
+SAMPLES = 4
 
 
-def forward_candidates(columns: int) -> list[Schedule]:
-    """A program per tile, and for long rows passes over chunks of them."""
-    tiles = [t for t in (1024, 2048, 4096, 8192, 16384) if columns <= t <= 16 * columns]
+def forward_candidates(columns: int, op: str) -> list[Schedule]:
+    """A program per tile; for long rows passes over chunks of them, or persistent programs."""
+    tiles = [t for t in (1024, 2048, 4096, 8192, 16384, 32768) if columns <= t <= 32 * columns]
     chosen = [Schedule(t // columns, w) for t in tiles for w in (1, 2, 4, 8, 16, 32) if _fits(t, w)]
-    if columns == 8192:
-        pairs = itertools.product((8, 16), (1024, 2048, 4096, 8192))
-        chosen += [Schedule(1, warps, chunk=chunk) for warps, chunk in pairs]
+    if op != "forward":
+        tiles = [t for t in (2048, 4096, 8192) if columns <= t <= 8 * columns]
+        chosen += [
+            Schedule(t // columns, w, stages, programs)
+            for t, w in itertools.product(tiles, (4, 8, 16))
+            for stages, programs in ((2, 4), (3, 2), (3, 8), (4, 16))
+            if _fits(t, w)
+        ]
+    elif columns >= 4096:
+        pairs = itertools.product((4, 8, 16), (1024, 2048, 4096, 8192))
+        chosen += [Schedule(1, w, chunk=chunk) for w, chunk in pairs if _fits(chunk, w)]
     return chosen
 
 
 def backward_candidates(columns: int) -> list[Schedule]:
-    """Persistent, with enough bytes in flight."""
+    """Persistent: few programs with many bytes in flight, or many with few."""
     settings = [(4096, 8, 4, 1), (4096, 8, 4, 2), (4096, 16, 4, 1), (4096, 16, 4, 2)]
     settings += [(8192, 8, 3, 1), (8192, 16, 3, 1), (8192, 16, 3, 2), (8192, 16, 4, 1)]
+    settings += [(4096, 16, 5, 1), (4096, 8, 6, 1), (4096, 8, 3, 2), (4096, 8, 2, 3)]
+    settings += [(4096, 4, 3, 2), (4096, 4, 4, 2), (8192, 16, 2, 1), (8192, 32, 3, 1)]
+    settings += [(2048, 4, 4, 2), (2048, 4, 4, 3), (2048, 4, 6, 2), (2048, 8, 6, 1)]
+    settings += [(2048, 8, 4, 2), (2048, 4, 3, 4), (4096, 8, 1, 4), (8192, 16, 1, 2)]
     return [Schedule(t // columns, w, s, n) for t, w, s, n in settings if t >= columns]
 
 
@@ -58,18 +78,34 @@ def _fits(tile: int, warps: int) -> bool:
     return 8 <= tile // (32 * warps) <= 64
 
 
-def run_norm(direction: str, variant: Variant, schedule: Schedule, rows: int) -> Any:
+def run_norm(op: str, variant: Variant, schedule: Schedule, rows: int) -> Any:
     """A call of one direction under the given schedule."""
     columns, dtype, _ = variant
+    direction, module = NORMS[op]
+    setattr(module, f"{direction}_schedule", lambda *_: schedule)
+    if module is adaptive:
+        return run_adaptive(direction, columns, DTYPES[dtype], rows)
     x = torch.randn(rows, columns, device="cuda").bfloat16()
     weight, bias = (torch.randn(columns, device="cuda").to(DTYPES[dtype]) for _ in range(2))
     outputs = torch.ops.fastft.layer_norm_forward(x, None, weight, bias, 1e-5, x.dtype)
-    setattr(norms, f"{direction}_schedule", lambda *_: schedule)
     if direction == "forward":
         return lambda: norms._launch_forward(x, None, weight, bias, 1e-5, outputs)
     dy = torch.randn(rows, columns, device="cuda").bfloat16()
     grads = norms._backward_fake(dy, None, x, weight, outputs[2], outputs[3], True)
     return lambda: norms._launch_backward(dy, None, x, weight, outputs[2], outputs[3], True, grads)
+
+
+def run_adaptive(direction: str, columns: int, dtype: torch.dtype, rows: int) -> Any:
+    """The same of the adaptive norm, with a residual."""
+    shape = (SAMPLES, rows // SAMPLES, columns)
+    x, residual, dy = (torch.randn(shape, device="cuda").bfloat16() for _ in range(3))
+    scale, shift = (torch.randn(SAMPLES, columns, device="cuda").to(dtype) for _ in range(2))
+    outputs = torch.ops.fastft.adaptive_norm_forward(x, scale, shift, residual, 1e-5, x.dtype)
+    if direction == "forward":
+        return lambda: adaptive._launch_forward(x, scale, shift, residual, 1e-5, outputs)
+    kept = (x, scale, *outputs[1:])
+    grads = adaptive._backward_fake(dy, *kept)
+    return lambda: adaptive._launch_backward(dy, *kept, grads)
 
 
 def adam_candidates() -> list[AdamSchedule]:
@@ -111,7 +147,7 @@ def run_gradient(setting: tuple[int, int, int], params: list[torch.nn.Parameter]
 def compile_one(task: Task) -> None:
     name, variant, schedule = task
     with contextlib.suppress(triton.OutOfResources):
-        if name in ("forward", "backward"):
+        if name in NORMS:
             run_norm(name, variant, schedule, rows=256)()
         else:
             run_many(task, make_params([(96, 1024)]))()
@@ -129,9 +165,13 @@ def tasks(wanted: set[str]) -> list[Task]:
     found: list[Task] = []
     for part, rows in (("norm", None), ("small", SMALL_ROWS)):
         for n, dtype in itertools.product(COLUMNS, DTYPES) if part in wanted else ():
-            found += [("forward", (n, dtype, rows), s) for s in forward_candidates(n)]
+            found += [("forward", (n, dtype, rows), s) for s in forward_candidates(n, "forward")]
             if dtype == "fp32":
                 found += [("backward", (n, dtype, rows), s) for s in backward_candidates(n)]
+    for n in COLUMNS if "adaptive" in wanted else ():
+        of, name = (n, "bf16", None), "adaptive forward"
+        found += [(name, of, s) for s in forward_candidates(n, name)]
+        found += [("adaptive backward", of, s) for s in backward_candidates(n)]
     if "adam" in wanted:
         pairs = itertools.product(("fp32", "bf16", "8bit"), adam_candidates())
         found += [("adam", *pair) for pair in pairs]
@@ -144,9 +184,10 @@ def tasks(wanted: set[str]) -> list[Task]:
 def measure(task: Task, params: list[torch.nn.Parameter], copy: float) -> dict[str, Any]:
     """One record: device time and share of a copy."""
     name, variant, schedule = task
-    if name in ("forward", "backward"):
+    if name in NORMS:
         columns, dtype, rows = variant
-        moved = (rows or ELEMENTS // columns) * columns * (4 if name == "forward" else 6)
+        bytes_each = 4 if name == "forward" else 6  # The adaptive one has a residual.
+        moved = (rows or ELEMENTS // columns) * columns * bytes_each
         what = f"{name} {columns}, weights {dtype}, rows {rows or ELEMENTS // columns}"
         make = functools.partial(run_norm, *task, rows=rows or ELEMENTS // columns)
         if rows is None:
