@@ -26,7 +26,7 @@ def train(*settings: str, largest_file: int | None = None) -> subprocess.Complet
 
     return subprocess.run(
         [sys.executable, "-m", "fastft.cli", "train", "run.toml", *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         preexec_fn=limit,

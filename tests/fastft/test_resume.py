@@ -194,7 +194,7 @@ def test_kill_9_with_two_workers(noisy) -> None:
     calls = random.SystemRandom().sample(range(1, 13), 3)
 
     def start(folder: str, *arguments: str, kill_at: int = 0) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = dict(os.environ)
         if kill_at:
             environment["FASTFT_TEST_SIGNAL"] = str(int(signal.SIGKILL))
             environment["FASTFT_TEST_CALL"] = str(kill_at)

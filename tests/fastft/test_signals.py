@@ -51,7 +51,7 @@ def test_a_signal_to_all_processes_saves_the_step(number: signal.Signals) -> Non
     Path("stop.py").write_text(MODEL)
     process = subprocess.run(
         [sys.executable, "-m", "fastft.cli", "train", "run.toml", *SETTINGS],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FASTFT_TEST_SIGNAL": str(int(number))},
+        env={**os.environ, "FASTFT_TEST_SIGNAL": str(int(number))},
         capture_output=True,
         text=True,
         start_new_session=True,

@@ -1,5 +1,4 @@
 import multiprocessing
-import os
 import random
 import subprocess
 import sys
@@ -195,7 +194,6 @@ def test_a_loader_that_nobody_closes_does_not_keep_the_program_from_ending(tmp_p
     process = subprocess.run(
         [sys.executable, "-c", KEPT_OPEN],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=60,
