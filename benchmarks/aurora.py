@@ -2,16 +2,18 @@
 
 Usage: python -m benchmarks.aurora OUT.jsonl [--size full small] [--modes bf16 ...]
     [--ways "keep 20%" "recompute all"] [--budgets 80GB 48GB] [--rollout 2] [--skip-upstream]
+    [--moments bf16] [--cap 80GB]
 
 Every runner starts from the same random weights, the modulation of the Swin blocks among them (at
 its initialisation every block is the identity), and sees the same random fields. `--ways` runs all
-blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has. Upstream is
-measured at one step of the roll-out.
+blocks one way; `--budgets` plans. Memory is held to 80 GB for all, as an A100 has, or to `--cap`;
+`--moments` are of fastft's optimizer. Upstream is measured at one step of the roll-out.
 """
 
 import argparse
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -197,6 +199,8 @@ def rows_of_fastft(arguments: argparse.Namespace, mode: str, records: Records) -
     """Measures every way and budget; yields what could not be planned."""
     options, settings = MODES[mode]
     name = f"fastft, {mode}"
+    if arguments.moments != "fp32":
+        name = f"{name}, {arguments.moments} moments"
     if arguments.rollout > 1:
         options, name = (
             {**options, "rollout_steps": arguments.rollout},
@@ -205,7 +209,8 @@ def rows_of_fastft(arguments: argparse.Namespace, mode: str, records: Records) -
     adapter = make_adapter(arguments.size, **options)
     batches = make_batches(adapter, arguments.size, DEVICE)
     task = make_task(adapter, DEVICE)
-    step, forwards = trainer_step(task, DEVICE, OPTIM, CLIP, compile="blocks", **settings)
+    optim = replace(OPTIM, moments=arguments.moments)
+    step, forwards = trainer_step(task, DEVICE, optim, CLIP, compile="blocks", **settings)
     for way in arguments.ways:
         forwards.use_everywhere(forwards.ways[way])
         records.add(f"{name}, {way}", lambda: measure_ours(step, batches))
@@ -236,9 +241,12 @@ def main() -> None:
     parser.add_argument("--rollout", type=int, default=1)
     parser.add_argument("--budgets", nargs="*", default=[])
     parser.add_argument("--skip-upstream", action="store_true")
+    parser.add_argument("--moments", choices=["fp32", "bf16", "8bit"], default="fp32")
+    parser.add_argument("--cap", default="80GB", help="memory of all but plans")
     arguments = parser.parse_args()
-    records = Records(f"aurora, {arguments.size}", 1, SIZES[arguments.size][2], arguments.out)
-    enforce(budget_bytes(parse_bytes("80GB"), DEVICE), DEVICE)
+    held = "" if arguments.cap == "80GB" else f", held to {arguments.cap}"
+    records = Records(f"aurora, {arguments.size}{held}", 1, SIZES[arguments.size][2], arguments.out)
+    enforce(budget_bytes(parse_bytes(arguments.cap), DEVICE), DEVICE)
     if not arguments.skip_upstream:
         adapter = make_adapter(arguments.size)
         batches = make_batches(adapter, arguments.size, DEVICE)
