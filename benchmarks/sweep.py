@@ -82,7 +82,7 @@ def run_norm(op: str, variant: Variant, schedule: Schedule, rows: int) -> Any:
     """A call of one direction under the given schedule."""
     columns, dtype, _ = variant
     direction, module = NORMS[op]
-    setattr(module, f"{direction}_schedule", lambda *_: schedule)
+    setattr(module, f"{direction}_schedule", lambda *_, **__: schedule)
     if module is adaptive:
         return run_adaptive(direction, columns, DTYPES[dtype], rows)
     x = torch.randn(rows, columns, device="cuda").bfloat16()

@@ -196,7 +196,7 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         return
     samples, length = len(scale), len(rows) // len(scale)
     wide = max(scale.element_size(), shift.element_size())
-    schedule = forward_schedule(columns, len(rows), wide, x.device)
+    schedule = forward_schedule(columns, len(rows), wide, x.device, alone=False)
     if schedule.chunk:
         schedule = persistent_schedule(columns, element_bytes(x, residual), x.device)
     launch(
