@@ -5,8 +5,8 @@ Usage: python -m benchmarks.aurora_parity OUT.jsonl [--size full small tiny] [--
 
 All start from the same random weights, the modulation of the Swin blocks among them, and see the
 same random fields. A tensor's error is the norm of the difference over the norm of the float32
-gradient. Losses are those of whole steps with AdamW at 1e-4. `--beside` takes upstream's losses from
-an earlier run's records and runs upstream in float32 alone.
+gradient. Losses are those of whole steps with AdamW at 1e-4. `--beside` takes upstream's losses
+from an earlier run's records, and runs upstream in float32 alone.
 """
 
 import argparse
