@@ -36,7 +36,7 @@ from benchmarks.models import (
 from benchmarks.timing import time_steps
 from fastft.config import MemoryConfig, OptimConfig, ScheduleConfig
 from fastft.graphs.choose import choose_graph
-from fastft.graphs.record import record_on_gpu
+from fastft.graphs.record import make_record_on_gpu
 from fastft.memory import enforced_limit, try_rehearsal
 from fastft.memory.meter import DeviceMeter
 from fastft.runtime import environment
@@ -97,7 +97,7 @@ def measure(name: str, case: Case, mode: str) -> dict[str, Any]:
         step,
         [batches[:1], batches[1:2]],
         10_000,
-        record=record_on_gpu,
+        record=make_record_on_gpu(DEVICE),
         fits=lambda: try_rehearsal(step, batches[:1], limit) is not None,
         meter=DeviceMeter(DEVICE),
         say=print,

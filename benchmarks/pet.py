@@ -58,7 +58,7 @@ from fastft.adapters.pet.baseline import fit_baseline
 from fastft.adapters.pet.fused import use_kernels
 from fastft.config import DataSource, OptimConfig, ScheduleConfig
 from fastft.graphs.choose import choose_graph
-from fastft.graphs.record import record_on_gpu
+from fastft.graphs.record import make_record_on_gpu
 from fastft.memory.meter import DeviceMeter
 from fastft.precision import make_precision
 from fastft.profiling.compiled import graph_count
@@ -236,7 +236,7 @@ def capture(step: TrainingStep, batches: list[Batch]) -> str:
         step,
         [batches[:1], batches[1:2]],
         10_000,
-        record=record_on_gpu,
+        record=make_record_on_gpu(DEVICE),
         fits=lambda: True,
         meter=DeviceMeter(DEVICE),
         say=print,

@@ -51,7 +51,7 @@ class Graph(Protocol):
     """Forward and backward of all micro-batches of a step as one launch; see `fastft.graphs`."""
 
     def takes(self, batches: Sequence[Batch], /) -> bool:
-        """Whether the batches are such as it was captured with."""
+        """Whether there is a graph for such batches; it may be captured here."""
         ...
 
     def replay(self, batches: Sequence[Batch], /) -> Sequence[Loss]:
@@ -114,10 +114,8 @@ class TrainingStep:
                 losses = self.graph.replay(batches)
         else:
             losses = self.forward_backward(batches)
-        total = _mean([loss.total for loss in losses])
-        # Micro-batches of different data sets may have different parts.
-        names = dict.fromkeys(name for loss in losses for name in loss.parts)
-        parts = {n: _mean([x.parts[n] for x in losses if n in x.parts]) for n in names}
+        mean = mean_loss(losses)
+        total, parts = mean.total, dict(mean.parts)
         if self._penalty is not None:
             penalty = self._penalty()
             if penalty.requires_grad:
@@ -158,12 +156,13 @@ class TrainingStep:
         device = self.precision.device
         generators = rng_state(device)
         restore = [_memory_of(module) for module in self.task.model.modules()]
-        untouched, self._rehearsing = self._untouched, True
+        untouched, outer = self._untouched, self._rehearsing
+        self._rehearsing = True
         try:
             with self.guard.unchanged():
                 yield
         finally:
-            self._untouched, self._rehearsing = untouched, False
+            self._untouched, self._rehearsing = untouched, outer
             self.optimizer.zero_grad()
             for module in restore:
                 module()
@@ -236,6 +235,13 @@ def _once(buffer: Tensor) -> Tensor:
         if stride == 0:
             buffer = buffer.narrow(dimension, 0, min(1, buffer.shape[dimension]))
     return buffer
+
+
+def mean_loss(losses: Sequence[Loss]) -> Loss:
+    """The mean over micro-batches; those of different data sets may have different parts."""
+    names = dict.fromkeys(name for loss in losses for name in loss.parts)
+    parts = {n: _mean([x.parts[n] for x in losses if n in x.parts]) for n in names}
+    return Loss(_mean([loss.total for loss in losses]), parts)
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -2,9 +2,8 @@
 
 import contextlib
 import gc
-import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -12,9 +11,10 @@ from rich.console import Console
 from fastft.blocks import BlockForwards
 from fastft.config import RunConfig
 from fastft.data import SourceLoader
-from fastft.graphs.graph import StepGraph
-from fastft.graphs.inputs import StaticBatches
-from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record, record_on_gpu
+from fastft.graphs.compare import difference
+from fastft.graphs.forms import StepGraphs
+from fastft.graphs.inputs import Form, form_of, same_form
+from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record, make_record_on_gpu
 from fastft.memory import (
     as_trained_in_the_end,
     enforced_limit,
@@ -22,12 +22,12 @@ from fastft.memory import (
     try_rehearsal,
 )
 from fastft.memory.meter import DeviceMeter, Meter
-from fastft.step import StepResult, TrainingStep
+from fastft.step import TrainingStep
 from fastft.task import Batch
 
 _ROUNDS, _REPEATS = 3, 10
-# What sums in no fixed order may change.
-_TOLERANCE = 1e-3
+# Steps whose batches are looked at for two that are alike.
+_LOOKED_AT = 16
 
 
 def capture_step(
@@ -38,13 +38,13 @@ def capture_step(
     staged: Iterable[str],
     console: Console,
 ) -> None:
-    """Gives the step a graph as `step.cuda_graphs` says, and says what was decided.
+    """Gives the step graphs as `step.cuda_graphs` says, and says what was decided.
 
     The optimizer's state is dropped after it: restore a checkpoint later.
 
     Args:
         forwards: how the step's blocks run, as planned.
-        loader: of the run; the batches of its first two steps are read.
+        loader: of the run; its first batches are read, until two steps' are alike.
         staged: parameters that are frozen now and trained later.
     """
     device = step.precision.device
@@ -70,7 +70,13 @@ def _capture_on_gpu(
     device = step.precision.device
     with out_of_memory_explained(), loader:
         batches = loader.batches()
-        steps = [[next(batches).to(device) for _ in range(config.accumulate)] for _ in range(2)]
+        looked_at = ([next(batches) for _ in range(config.accumulate)] for _ in range(_LOOKED_AT))
+        steps = first_alike(looked_at)
+    if steps is None:
+        return (
+            f"not used, because the batches of {_LOOKED_AT} steps differ in shapes or host values"
+        )
+    steps = [[batch.to(device) for batch in each] for each in steps]
 
     def fits() -> bool:
         # Anew, because the graph takes memory outside of torch's allocator, too.
@@ -82,7 +88,7 @@ def _capture_on_gpu(
                 step,
                 steps,
                 config.run.steps,
-                record=record_on_gpu,
+                record=make_record_on_gpu(device),
                 fits=fits,
                 meter=DeviceMeter(device),
                 say=console.print,
@@ -95,6 +101,18 @@ def _capture_on_gpu(
     return decision
 
 
+def first_alike(steps: Iterable[Sequence[Batch]]) -> list[Sequence[Batch]] | None:
+    """The batches of the first two steps that differ in their tensors' values alone."""
+    seen: list[tuple[Form, Sequence[Batch]]] = []
+    for batches in steps:
+        form = form_of(batches)
+        for other, earlier in seen:
+            if same_form(form, other):
+                return [earlier, batches]
+        seen.append((form, batches))
+    return None
+
+
 def choose_graph(
     step: TrainingStep,
     steps: Sequence[Sequence[Batch]],
@@ -104,39 +122,34 @@ def choose_graph(
     fits: Callable[[], bool],
     meter: Meter,
     say: Callable[[str], object],
-) -> tuple[StepGraph | None, str]:
-    """A graph that changes nothing, fits and is faster, or None; and what to tell the user.
+) -> tuple[StepGraphs | None, str]:
+    """Graphs, the first of which changes nothing, fits and is faster, or None; and what to say.
 
     Args:
-        steps: the batches of two steps.
+        steps: the batches of two steps that are alike.
         total: steps of the run, over which the learning rate changes.
         fits: whether an uncaptured step fits beside the graph.
-        say: told of batches that the graph does not take.
+        say: told of batches that get no graph.
     """
-    inputs = StaticBatches(steps[0])
-    if not inputs.is_dense:
-        return None, "not used, because batches hold sparse or nested tensors"
-    if not inputs.match(steps[1]):
-        return None, "not used, because batches differ in shapes or host values"
+    graphs = StepGraphs(step, record, total, say)
     try:
-        graph = StepGraph(step, inputs, record, say)
+        graph = graphs.add(steps[0])
     except NotCaptured as reason:
         return None, f"not used, because {reason}"
     if not fits():
         return None, f"not used, because {TOO_LITTLE_MEMORY}"
-    plain, replayed = (_outcomes(step, steps, total, used) for used in (None, graph))
-    changed = first_difference(plain, replayed)
+    changed = difference(step, steps, total, graph.replay)
     if changed is not None:
         return None, f"not used, because it changes {changed}"
-    uncaptured, captured = _seconds(step, steps[0], graph, meter)
+    uncaptured, captured = _seconds(step, steps[0], graphs, meter)
     times = f"a step takes {1e3 * captured:.2f} ms captured, {1e3 * uncaptured:.2f} ms uncaptured"
     if captured >= uncaptured:
         return None, f"not used, because {times}"
-    return graph, f"used; {times}"
+    return graphs, f"used; {times}"
 
 
 @contextlib.contextmanager
-def _using(step: TrainingStep, graph: StepGraph | None) -> Iterator[None]:
+def _using(step: TrainingStep, graph: StepGraphs | None) -> Iterator[None]:
     before, step.graph = step.graph, graph
     try:
         yield
@@ -144,50 +157,8 @@ def _using(step: TrainingStep, graph: StepGraph | None) -> Iterator[None]:
         step.graph = before
 
 
-def _outcomes(
-    step: TrainingStep, steps: Sequence[Sequence[Batch]], total: int, graph: StepGraph | None
-) -> list[dict[str, float]]:
-    """Steps in a row from the same weights and random numbers, at three learning rates."""
-    turns = ((0, steps[0]), (total // 2, steps[1]), (total - 1, steps[0]))
-    with step.rehearsal(), _using(step, graph):
-        return [_values(step(index, batches), step.guard.names) for index, batches in turns]
-
-
-def _values(result: StepResult, names: Sequence[str]) -> dict[str, float]:
-    norms = result.verdict.tensor_norms.tolist()
-    return {
-        "the loss": result.loss.item(),
-        **{f"the loss's part '{name}'": part.item() for name, part in result.parts.items()},
-        _NORM: result.verdict.norm.item(),
-        **{f"{_OF_ONE} '{name}'": norm for name, norm in zip(names, norms, strict=True)},
-    }
-
-
-_NORM, _OF_ONE = "the gradients' norm", "the gradient of"
-
-
-def first_difference(
-    plain: Sequence[Mapping[str, float]], replayed: Sequence[Mapping[str, float]]
-) -> str | None:
-    """The first value that differs by more than rounding.
-
-    A single gradient may be nothing but rounding: it is compared by the norm of all of them.
-    """
-    for ours, theirs in zip(plain, replayed, strict=True):
-        norm = ours[_NORM] if math.isfinite(ours[_NORM]) else 0.0
-        for name in {**ours, **theirs}:
-            if name not in ours or name not in theirs:
-                return name
-            a, b = ours[name], theirs[name]
-            scale = norm if name.startswith(_OF_ONE) else 0.0
-            close = math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE * scale)
-            if not close and not (math.isnan(a) and math.isnan(b)):
-                return name
-    return None
-
-
 def _seconds(
-    step: TrainingStep, batches: Sequence[Batch], graph: StepGraph, meter: Meter
+    step: TrainingStep, batches: Sequence[Batch], graph: StepGraphs, meter: Meter
 ) -> tuple[float, float]:
     """Times of whole steps, uncaptured and captured; in turns, because clocks change."""
     times: dict[bool, list[float]] = {False: [], True: []}

@@ -1,6 +1,6 @@
 """A captured step, and what may not be captured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,26 +15,20 @@ from fastft.task import Batch, Loss
 
 
 class StepGraph:
-    """The captured forward and backward of a step, for `TrainingStep.graph`.
+    """The captured forward and backward of a step.
 
     Args:
         inputs: the batches to capture with; the graph is their owner from then on.
         record: captures.
-        say: told once of batches that are not taken.
 
     Raises:
         NotCaptured: with the reason.
     """
 
-    def __init__(
-        self,
-        step: TrainingStep,
-        inputs: StaticBatches,
-        record: Record,
-        say: Callable[[str], object],
-    ) -> None:
-        self._inputs, self._say = inputs, say
-        self._has_said = False
+    def __init__(self, step: TrainingStep, inputs: StaticBatches, record: Record) -> None:
+        if not inputs.is_dense:
+            raise NotCaptured("batches hold sparse or nested tensors")
+        self._inputs = inputs
         self._parameters = list(step.optimizer.parameters.values())
 
         def run() -> Outputs:
@@ -55,19 +49,8 @@ class StepGraph:
             # The graph reads them, even where the model replaces them later.
             self._kept = _module_tensors(step.task.model)
 
-    def takes(self, batches: Sequence[Batch]) -> bool:
-        """Whether the batches are such as it was captured with."""
-        matches = self._inputs.match(batches)
-        if not matches and not self._has_said:
-            self._has_said = True
-            self._say(
-                "step.cuda_graphs: batches came with other shapes or host values than those that"
-                " were captured; such steps run uncaptured"
-            )
-        return matches
-
     def replay(self, batches: Sequence[Batch]) -> Sequence[Loss]:
-        """Forward and backward of batches that it takes; its losses are overwritten by the next."""
+        """Forward and backward of batches of the inputs' form; the next overwrites its losses."""
         self._inputs.fill(batches)
         self._replay()
         # The update has dropped them.

@@ -17,6 +17,7 @@ class StaticBatches:
 
     Attributes:
         batches: the copies.
+        form: of what was copied.
         is_dense: whether none of their tensors is sparse or nested; others are not filled.
     """
 
@@ -25,23 +26,30 @@ class StaticBatches:
             dataclasses.replace(b, data=tree_map_only(Tensor, torch.clone, dict(b.data)))
             for b in batches
         ]
-        self._forms = [_form(batch) for batch in batches]
+        self.form = form_of(batches)
         self._tensors = _tensors(self.batches)
         self.is_dense = all(tensor.layout is torch.strided for tensor in self._tensors)
 
-    def match(self, batches: Sequence[Batch]) -> bool:
-        """Whether the batches differ from these in their tensors' values alone.
-
-        Not in shapes, dtypes, sizes, sources or host values: a loss may have read those. The
-        learning rate may differ.
-        """
-        same_count = len(batches) == len(self._forms)
-        return same_count and all(map(_alike, map(_form, batches), self._forms))
-
     def fill(self, batches: Sequence[Batch]) -> None:
-        """Copies the values of batches that match."""
+        """Copies the values of batches of the same form."""
         if self._tensors:
             torch._foreach_copy_(self._tensors, _tensors(batches))  # pyright: ignore[reportPrivateImportUsage]
+
+
+Form = Sequence[Sequence[Any]]
+
+
+def form_of(batches: Sequence[Batch]) -> Form:
+    """All of a step's batches but their tensors' values and the learning rate.
+
+    Shapes, dtypes, sizes, sources and host values: a loss may have read those.
+    """
+    return [_form(batch) for batch in batches]
+
+
+def same_form(ours: Form, theirs: Form) -> bool:
+    """Whether batches of one form may be copied to where those of the other are."""
+    return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
 
 
 def _tensors(batches: Sequence[Batch]) -> list[Tensor]:

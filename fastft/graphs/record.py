@@ -1,6 +1,7 @@
 """The capture itself: the one place that calls CUDA."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,15 +25,26 @@ class NotCaptured(Exception):
     """Why a step cannot be captured."""
 
 
-def record_on_gpu(run: Run, device: torch.device) -> tuple[Callable[[], object], Outputs]:
+def make_record_on_gpu(device: torch.device) -> Record:
+    """Captures calls in CUDA graphs that share memory, so that it does not grow with their number.
+
+    What one of them leaves may be overwritten when any of them is replayed: a graph may compute
+    where a later one has its outputs. Read them before that, on the same stream.
+    """
+    # A pool's memory goes to another graph on the same stream only.
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    return functools.partial(_record_on_gpu, stream=stream, pool=pool)
+
+
+def _record_on_gpu(
+    run: Run, device: torch.device, *, stream: torch.cuda.Stream, pool: Any
+) -> tuple[Callable[[], object], Outputs]:
     """Captures a call in a CUDA graph.
 
     Raises:
         NotCaptured: the call waits for the GPU, or CUDA refuses.
     """
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    before = torch.cuda.current_stream(device)
-    pool = torch.cuda.graph_pool_handle()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     outputs = reason = None
     try:
         stream.wait_stream(before)
@@ -57,6 +69,8 @@ def record_on_gpu(run: Run, device: torch.device) -> tuple[Callable[[], object],
         # Where the end of the capture fails as well, its error hides the first one.
         first = error.__context__ or error
         reason = f"it cannot be captured: {(str(first) or repr(first)).splitlines()[0]}"
+        if isinstance(first, torch.OutOfMemoryError):
+            reason = TOO_LITTLE_MEMORY
     # Past the handlers, because the error's frames hold activations.
     if outputs is None or reason is not None:
         outputs = None

@@ -1,5 +1,6 @@
 """Captured steps on a GPU: the same bits as uncaptured ones, and nothing left of a refusal."""
 
+import dataclasses
 import gc
 import json
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from fastft.checkpoint import latest_checkpoint, load_checkpoint
 from fastft.config import GradientsConfig, OptimConfig
 from fastft.fused import Kernels
 from fastft.graphs.choose import choose_graph
-from fastft.graphs.graph import StepGraph
-from fastft.graphs.record import record_on_gpu
+from fastft.graphs.forms import StepGraphs
+from fastft.graphs.record import make_record_on_gpu
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
 from fastft.step import TrainingStep
@@ -118,12 +119,12 @@ class CapturedIsFaster:
 
 def choose(
     step: TrainingStep, fits: Callable[[], bool] = lambda: True, size: int = 32
-) -> tuple[StepGraph | None, str]:
+) -> tuple[StepGraphs | None, str]:
     found = choose_graph(
         step,
         [micro_batches(100, size=size), micro_batches(101, size=size)],
         100,
-        record=record_on_gpu,
+        record=make_record_on_gpu(CUDA),
         fits=fits,
         meter=CapturedIsFaster(),
         say=lambda text: None,
@@ -132,13 +133,14 @@ def choose(
     return found
 
 
+# Of ten steps; batches of 16 are met once.
+SIZES = (32, 24, 32, 24, 16, 32, 24, 24, 32, 32)
+
+
 def train_ten_steps(step: TrainingStep) -> dict[str, Any]:
-    """Losses, norms, weights, optimizer and generator; a batch of another shape in between."""
+    """Losses, norms, weights, optimizer and generator, with batches of three shapes."""
     torch.manual_seed(1)
-    results = []
-    for index in range(10):
-        batches = micro_batches(index, size=16 if index == 4 else 32)
-        results.append(step(index, batches))
+    results = [step(index, micro_batches(index, size=size)) for index, size in enumerate(SIZES)]
     return {
         "losses": torch.stack([result.loss for result in results]),
         "parts": torch.stack([result.parts["largest"] for result in results]),
@@ -169,12 +171,17 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", ["off", "blocks"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_captured_steps_are_uncaptured_steps(precision: str, mode: str, optim: str) -> None:
-    """With dropout and two micro-batches; fp16 overflows at first, and its scale falls."""
+    """With dropout and two micro-batches; fp16 overflows at first, and its scale falls.
+
+    One of two graphs is captured on the way, and they take turns in one memory.
+    """
     plain, captured = (make_step(precision, mode, optim) for _ in range(2))
     captured.graph, decision = choose(captured)
     assert captured.graph is not None, decision
     expected = train_ten_steps(plain)
     assert_same_bits(train_ten_steps(captured), expected)
+    assert isinstance(captured.graph, StepGraphs)
+    assert captured.graph.count == 2
     assert expected["untouched"] == ["spare"]
 
 
@@ -251,6 +258,49 @@ def test_replayed_steps_do_not_wait_for_the_device() -> None:
             step(index, batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graphs_of_two_forms_share_memory() -> None:
+    step = make_step()
+    step.graph, decision = choose(step, size=2**16)
+    assert step.graph is not None, decision
+    before = reserved()
+    for index in range(2):
+        step(index, micro_batches(index, size=2**16 - 2**12))
+    assert step.graph.count == 2
+    # Gradients are its own, and what it reads; activations are a hundred times as much.
+    assert reserved() < before + 2**25
+
+
+@pytest.mark.parametrize("sooner", [True, False])
+def test_too_little_memory_for_another_form_gives_all_of_it_back(
+    monkeypatch: pytest.MonkeyPatch, sooner: bool
+) -> None:
+    """In the capture, or when the step is run uncaptured beside it."""
+    plain, step, said = make_step(), make_step(), []
+    step.graph, _ = choose(step)
+    assert step.graph is not None
+    monkeypatch.setattr(step.graph, "_say", said.append)
+    count = 0
+
+    def loss_of(model: nn.Module, batch: Batch) -> Loss:
+        nonlocal count
+        count += batch.size == 24
+        # Of two micro-batches: the uncaptured step, two trials, three warm-ups, the capture.
+        if count == (13 if sooner else 15):
+            torch.empty(2**50, device=CUDA)
+        return loss(model, batch)
+
+    step.task = dataclasses.replace(step.task, loss=loss_of)
+    expected = train_ten_steps(plain)
+    assert_same_bits(train_ten_steps(step), expected)
+    assert step.graph.count == 0
+    assert len(said) == 1
+    assert "too little memory" in said[0]
+    free = torch.empty(2**26, device=CUDA)
+    before = torch.cuda.memory_reserved(CUDA)
+    del free
+    assert reserved() < before
 
 
 MODEL = """\
