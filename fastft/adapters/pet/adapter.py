@@ -157,7 +157,8 @@ class PetAdapter:
         sample = with_neighbours(
             sample, cutoff=self._cutoff, elements=self._elements, augment=augment
         )
-        return sample if self._adaptive is None else with_near_pairs(sample, self._adaptive)
+        sample = sample if self._adaptive is None else with_near_pairs(sample, self._adaptive)
+        return {**sample, "split": split}
 
     def collate(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """See `fastft.adapters.pet.batch`."""
@@ -167,6 +168,7 @@ class PetAdapter:
             dtype=getattr(torch, options.dtype),
             forces=options.forces,
             stress=options.stress,
+            fill=options.fill_batches and all(sample["split"] == "train" for sample in samples),
         )
 
     def prepare(self, task: Task, loader: Loader) -> None:

@@ -6,6 +6,10 @@ and what `lay_out` returns; the labels `energy` [B], `forces` [N, 3] and `stress
 float64, NaN where there is none. `target` counts the adapter's targets; a sample's is its own field
 of that name, 0 where it has none. `labels` stays on the host: the pairs (target, label) that there
 are, so that no loss need ask the device.
+
+Training batches are filled (`fill`), so that N goes up in few steps and batches share CUDA graphs:
+B counts one structure more, whose atoms have no neighbours and no labels, and so change no loss and
+no gradient. Batches to evaluate on are not: whoever reads their predictions finds no others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,19 +19,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastft.adapters.pet.pairs import lay_out
+from fastft.adapters.pet.pairs import few, lay_out
 from fastft.task import Sample
+
+# Steps of N, powers of two, are at least this, and at least twice the root of N: the atoms of a
+# number of structures drawn at random vary with that root.
+_STEP = 16
+# Cells from an atom to itself, in angstrom: farther than any cutoff.
+_FAR = 1000
+
+
+def filled_size(atoms: int) -> int:
+    """N for so many atoms: 16, 32, ... 64, 96, ... 256, 320, ... 1024, 1152, ... 4096, 4352, ..."""
+    step = _STEP
+    while step**2 < 4 * atoms:
+        step *= 2
+    return -(-atoms // step) * step
 
 
 def collate(
-    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool
+    samples: Sequence[Sample], *, dtype: torch.dtype, forces: bool, stress: bool, fill: bool
 ) -> dict[str, Any]:
     """One batch.
 
     Args:
         dtype: of positions and cells.
         forces, stress: whether the batch holds these labels.
+        fill: whether it is filled.
     """
+    if fill:
+        samples = [*samples, _filler(samples)]
     structures = [sample["structure"] for sample in samples]
     sizes = [len(structure["species"]) for structure in structures]
     found = [sample["neighbours"] for sample in samples]
@@ -38,7 +59,8 @@ def collate(
         "species": _joined(structures, "species"),
         "system": torch.from_numpy(np.repeat(np.arange(len(samples)), sizes)),
         "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
-        "atoms": torch.tensor(sizes),
+        # A divisor; a filler may have none.
+        "atoms": torch.tensor(sizes).clamp(min=1),
         "target": torch.tensor(targets),
     }
     pairs = {name: _joined(found, name) for name in found[0]}
@@ -62,6 +84,31 @@ def collate(
         joined = np.concatenate(values) if label == "forces" else np.stack(values)
         batch[label] = torch.from_numpy(joined)
     return batch
+
+
+def _filler(samples: Sequence[Sample]) -> Sample:
+    """The structure that fills the batch up; of no atoms, where it is full."""
+    species = np.concatenate([sample["structure"]["species"] for sample in samples])
+    found = [sample["neighbours"] for sample in samples]
+    pairs: dict[str, np.ndarray] = {}
+    missing = 0
+    if "near" in found[0]:
+        # Cutoffs adapt to pairs without a place, whose number varies, too.
+        count = sum(len(each["centers"]) for each in found)
+        missing = few(count, _STEP) - count
+        pairs["near"] = np.zeros(missing, bool)
+    # These pairs need an atom.
+    atoms = filled_size(len(species) + bool(missing)) - len(species)
+    shifts = np.zeros((missing, 3), np.int64)
+    shifts[:, 0] = _FAR
+    ends = np.zeros(missing, np.int64)
+    structure = {
+        "species": np.resize(species[:1], atoms),
+        "positions": np.zeros((atoms, 3)),
+        "cell": np.eye(3),
+    }
+    neighbours = {"centers": ends, "neighbours": ends, "shifts": shifts, **pairs}
+    return {"structure": structure, "neighbours": neighbours}
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Tensor:

@@ -138,6 +138,15 @@ class PetOptions(TargetOptions):
             " fastft's kernel, which rounds otherwise than upstream's; not measured there yet."
         ),
     ] = "off"
+    fill_batches: Annotated[
+        bool,
+        Field(
+            description="Fill training batches up with atoms that have no neighbours and do not"
+            " count, so that batches of molecules of all sizes have few numbers of atoms, and"
+            " `step.cuda_graphs` few graphs. It is work on some percent more atoms, for nothing"
+            " without graphs, or where all batches have as many atoms."
+        ),
+    ] = True
     rescale_heads: Annotated[
         bool,
         Field(

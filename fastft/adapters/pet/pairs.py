@@ -24,17 +24,22 @@ from torch import Tensor
 
 from fastft.task import Sample
 
-# Of K + 1, the tokens of attention: multiples of 8 keep matrix products aligned, and there are four
-# sizes from a power of two to the next.
-_STEP, _SIZES = 8, 4
+# Of K + 1, the tokens of attention: multiples of 8 keep matrix products aligned.
+_STEP = 8
+# From a power of two to the next.
+_SIZES = 4
+
+
+def few(count: int, least: int) -> int:
+    """The next of few sizes: multiples of `least` at first, then four from 2^n to 2^(n+1)."""
+    octave = 1 << max(count - 1, 0).bit_length()
+    step = max(least, octave // (2 * _SIZES))
+    return max(1, -(-count // step)) * step
 
 
 def padded_width(neighbours: int) -> int:
     """K for so many neighbours at most: 7, 15, 23, ... 63, 79, ... 127, 159, ..."""
-    tokens = neighbours + 1
-    octave = 1 << (tokens - 1).bit_length()
-    step = max(_STEP, octave // (2 * _SIZES))
-    return -(-tokens // step) * step - 1
+    return few(neighbours + 1, _STEP) - 1
 
 
 def lay_out(

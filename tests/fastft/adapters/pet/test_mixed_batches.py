@@ -85,8 +85,26 @@ def test_structures_without_labels(mixed: Any) -> None:
     assert not any(gradient.any() for gradient in gradients(loss.total, model).values())
 
 
-def make_batch(adapter: Any, samples: list[Any]) -> Batch:
-    made = [adapter.transform(sample, "validation") for sample in samples]
+@pytest.mark.parametrize("only", [None, 1])
+def test_filled_batches_have_the_same_losses(mixed: Any, only: int | None) -> None:
+    """Of both targets, and where what fills them is no structure's target but the first."""
+    adapter, model, samples = mixed
+    samples = [s for s in samples if only in (None, s["target"])]
+    found = []
+    for split in ("train", "validation"):
+        batch = make_batch(adapter, samples, split)
+        loss = PetLoss(adapter.options, TARGETS)(model, batch)
+        found.append({**loss.parts, "total": loss.total.detach(), **gradients(loss.total, model)})
+    filled, plain = found
+    assert filled.keys() == plain.keys()
+    for name, value in plain.items():
+        atol = 1e-12 * value.abs().max().item() + 1e-15
+        torch.testing.assert_close(filled[name], value, rtol=1e-12, atol=atol, msg=name)
+
+
+def make_batch(adapter: Any, samples: list[Any], split: str = "validation") -> Batch:
+    """Filled, for the split 'train'; nothing is turned."""
+    made = [{**adapter.transform(s, "validation"), "split": split} for s in samples]
     return Batch(adapter.collate(made), len(made))
 
 
