@@ -8,7 +8,8 @@ weights, batches and TF32 setting for all. Upstream's step is the body of its tr
 evaluate_model, averages, loss, backward, clip_grad_norm_, Adam, and the loss read on the host;
 without the metrics that it logs in some epochs. `step_ms` begins with the batch on the device,
 `from_host_ms` with the batch as a loader's worker leaves it. `floor_ms` is what the step's matrix
-products take at the peak rate. fastft compiles from an empty cache, unless --warm.
+products take at the peak rate. fastft compiles from an empty cache, unless --warm, and fills its
+batches up; `filled` counts these atoms. `graphs` are compiled, `forms` have a CUDA graph each.
 """
 
 import argparse
@@ -57,7 +58,8 @@ from fastft.adapters.pet import PetAdapter, PetOptions
 from fastft.adapters.pet.baseline import fit_baseline
 from fastft.adapters.pet.fused import use_kernels
 from fastft.config import DataSource, OptimConfig, ScheduleConfig
-from fastft.graphs.choose import choose_graph
+from fastft.graphs.choose import choose_graph, first_alike
+from fastft.graphs.forms import StepGraphs
 from fastft.graphs.record import make_record_on_gpu
 from fastft.memory.meter import DeviceMeter
 from fastft.precision import make_precision
@@ -226,22 +228,38 @@ def measure_fastft(step: TrainingStep, hosted: list[Batch]) -> dict[str, Any]:
         "graphs": graphs,
         "neighbours": widths,
         "atoms": [len(batch["positions"]) for batch in batches],
+        "filled": [int((b["system"] == len(b["atoms"]) - 1).sum()) for b in batches],
         **break_down(lambda: step(0, batches[:1]), step.precision.name),
     }
 
 
-def capture(step: TrainingStep, batches: list[Batch]) -> str:
-    """Lets the step replay a CUDA graph where `step.cuda_graphs` would; says what was decided."""
-    step.graph, decision = choose_graph(
+def measure_captured(step: TrainingStep, hosted: list[Batch], forms: int) -> dict[str, Any]:
+    """The row of a step that replays CUDA graphs."""
+    before = graph_count()
+    row = measure_trainer(step, [batch.to(DEVICE) for batch in hosted])
+    host = median_ms(lambda i: step(0, [hosted[i % len(hosted)].to(DEVICE)]))
+    return {**row, "from_host_ms": host, "graphs": graph_count() - before, "forms": forms}
+
+
+def capture(step: TrainingStep, batches: list[Batch]) -> tuple[StepGraphs | None, str]:
+    """CUDA graphs of all batches' forms where `step.cuda_graphs` would, and what was decided."""
+    steps = [[batch] for batch in batches]
+    # Where no two are alike, one with itself.
+    alike = first_alike([*steps, *steps])
+    assert alike is not None
+    graphs, decision = choose_graph(
         step,
-        [batches[:1], batches[1:2]],
+        alike,
         10_000,
         record=make_record_on_gpu(DEVICE),
         fits=lambda: True,
         meter=DeviceMeter(DEVICE),
         say=print,
     )
-    return decision
+    if graphs is not None:
+        for each in (*steps, *steps):
+            graphs.takes(each)
+    return graphs, decision
 
 
 class MatmulFlops(TorchDispatchMode):
@@ -284,7 +302,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[PetAdapter, di
         files[kind] = folder / f"{kind}.xyz"
         ase.io.write(files[kind], frames, format="extxyz")
         elements |= {symbol for frame in frames for symbol in frame.symbols}
-    options = {"hypers": SIZES[arguments.size], "elements": sorted(elements)}
+    # Upstream's are not turned.
+    options = {"hypers": SIZES[arguments.size], "elements": sorted(elements), "augment": False}
     return PetAdapter(parse(PetOptions, options, key="model.options")), files
 
 
@@ -315,9 +334,11 @@ def main() -> None:
     for case in arguments.cases:
         kind, size = CASES[case]
         chosen = draw(size, POOL)
-        made = [[adapter.transform(data[kind][i], "validation") for i in each] for each in chosen]
+        made = [[adapter.transform(data[kind][i], "train") for i in each] for each in chosen]
         hosted[case] = [Batch(adapter.collate(each), size).pin_memory() for each in made]
-        flops = matmul_flops(task, hosted[case][0].to(DEVICE))
+        # Of what is asked for, without the atoms that fill up.
+        unfilled = [adapter.transform(data[kind][i], "validation") for i in chosen[0]]
+        flops = matmul_flops(task, Batch(adapter.collate(unfilled), size).to(DEVICE))
         title = f"pet, {arguments.size}, {case}, {precision}"
         tolerances = TOLERANCES[precision]
         records[case] = Records(title, size, flops, arguments.out, precision, tolerances)
@@ -339,11 +360,11 @@ def main() -> None:
     print(f"graphs for all batches of {', '.join(hosted)}: {graph_count() - before}")
     for case, batches in hosted.items():
         here = [batch.to(DEVICE) for batch in batches]
-        decision = capture(step, here)
+        step.graph, decision = capture(step, here)
         print(case, decision, flush=True)
         if step.graph is not None:
-            name = "fastft, CUDA graph"
-            records[case].add(name, functools.partial(measure_trainer, step, here))
+            run = functools.partial(measure_captured, step, batches, step.graph.count)
+            records[case].add("fastft, CUDA graph", run)
             step.graph = None
     for each in records.values():
         Console(width=150).print(each.table())
