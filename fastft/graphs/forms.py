@@ -1,5 +1,6 @@
 """Captured steps of batches in several forms: shapes, data sets, host values."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
-# Forms that are captured in a run.
+# Forms that are captured in a run, or refused.
 MOST_FORMS = 8
+# Forms whose first batches are held until they are met again; batches take memory.
+MOST_WAITING = 4
 
 
 @dataclass
@@ -21,12 +24,12 @@ class _Form:
     """A form that was met.
 
     Attributes:
-        first: the batches of the first time, until a capture is tried.
+        first: the batches of the first time, until a capture is tried; then None.
         graph: None where there is none yet, or its steps run uncaptured.
     """
 
     form: Form
-    first: StaticBatches | None = None
+    first: Sequence[Batch] | None = None
     graph: StepGraph | None = None
 
 
@@ -71,7 +74,7 @@ class StepGraphs:
         form = form_of(batches)
         met = next((met for met in self._forms if same_form(met.form, form)), None)
         if met is None:
-            self._remember(batches)
+            self._remember(form, batches)
         elif met.first is not None:
             self._capture(met, met.first, batches)
         self._next = None if met is None else met.graph
@@ -82,7 +85,7 @@ class StepGraphs:
         assert self._next is not None
         return self._next.replay(batches)
 
-    def _remember(self, batches: Sequence[Batch]) -> None:
+    def _remember(self, form: Form, batches: Sequence[Batch]) -> None:
         if self._is_full():
             if not self._has_said:
                 self._has_said = True
@@ -92,19 +95,15 @@ class StepGraphs:
                 )
             return
         waiting = [met for met in self._forms if met.first is not None]
-        if len(waiting) == MOST_FORMS:
-            # The oldest; batches take memory.
+        if len(waiting) == MOST_WAITING:
             self._forms.remove(waiting[0])
-        first = StaticBatches(batches)
-        self._forms.append(_Form(first.form, first))
+        self._forms.append(_Form(form, first=batches))
 
-    def _capture(self, met: _Form, first: StaticBatches, second: Sequence[Batch]) -> None:
+    def _capture(self, met: _Form, first: Sequence[Batch], second: Sequence[Batch]) -> None:
         met.first = None
         try:
-            # Copies, because the graph's inputs are overwritten when it is compared.
-            graph = StepGraph(self._step, StaticBatches(first.batches), self._record)
-            steps = [first.batches, second]
-            changed = difference(self._step, steps, self._total, graph.replay)
+            graph = StepGraph(self._step, StaticBatches(first), self._record)
+            changed = difference(self._step, [first, second], self._total, graph.replay)
             reason = None if changed is None else f"a graph changes {changed}"
         except NotCaptured as error:
             graph, reason = None, str(error)
@@ -125,6 +124,7 @@ class StepGraphs:
     def _give_up(self) -> None:
         """Drops all graphs: their memory grew in the attempt, and goes back only as a whole."""
         self._forms, self._most, self._has_said = [], 0, True
+        gc.collect()
         self._say(
             "step.cuda_graphs: from now on steps run uncaptured, because there is too little memory"
             " for a graph of batches of another form"

@@ -17,7 +17,6 @@ class StaticBatches:
 
     Attributes:
         batches: the copies.
-        form: of what was copied.
         is_dense: whether none of their tensors is sparse or nested; others are not filled.
     """
 
@@ -26,7 +25,6 @@ class StaticBatches:
             dataclasses.replace(b, data=tree_map_only(Tensor, torch.clone, dict(b.data)))
             for b in batches
         ]
-        self.form = form_of(batches)
         self._tensors = _tensors(self.batches)
         self.is_dense = all(tensor.layout is torch.strided for tensor in self._tensors)
 

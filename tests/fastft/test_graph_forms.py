@@ -157,6 +157,7 @@ def test_too_little_memory_gives_all_graphs_up(where: str) -> None:
 
 def test_forms_beyond_the_most_run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "MOST_FORMS", 3)
+    monkeypatch.setattr(forms, "MOST_WAITING", 3)
     plain, captured = make_step(), make_step()
     graphs, said, later = start(captured)
     captured.optimizer.forget()
@@ -167,6 +168,18 @@ def test_forms_beyond_the_most_run_uncaptured(monkeypatch: pytest.MonkeyPatch) -
     assert len(said) == 1
     assert "batches come in more than 3 forms" in said[0]
     assert all(form.first is None for form in graphs._forms)
+
+
+def test_few_batches_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is dropped, and its form begins anew."""
+    monkeypatch.setattr(forms, "MOST_WAITING", 2)
+    step = make_step()
+    graphs, _, later = start(step)
+    for size in (2, 3, 4, 2, 3):
+        assert not graphs.takes([make_batch(size)])
+        assert sum(met.first is not None for met in graphs._forms) <= 2
+    assert later.calls == 0
+    assert graphs.takes([make_batch(3, seed=1)])
 
 
 def test_sparse_batches_of_another_form_are_refused() -> None:

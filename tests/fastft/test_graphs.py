@@ -262,8 +262,8 @@ def test_batches_that_match_are_copied() -> None:
     other = changed(x=torch.full((2, 3), 7.0), nested=[{"y": torch.zeros(2).long()}, *NESTED[1:]])
     other = dataclasses.replace(other, lr_factor=0.5)
     places = [batch["x"].data_ptr() for batch in static.batches]
-    assert same_form(static.form, form_of([BATCH, other]))
-    assert not same_form(static.form, form_of([BATCH]))
+    assert same_form(form_of([BATCH, BATCH]), form_of([BATCH, other]))
+    assert not same_form(form_of([BATCH, BATCH]), form_of([BATCH]))
     static.fill([BATCH, other])
     assert torch.equal(static.batches[0]["x"], BATCH["x"])
     assert torch.equal(static.batches[1]["x"], other["x"])

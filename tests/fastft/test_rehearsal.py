@@ -208,3 +208,15 @@ def test_a_rehearsal_moves_no_random_generator() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), step.rehearsal():
         step(0, [Batch({"inputs": torch.ones(8, 3)}, 8)])
     assert draws() == expected
+
+
+def test_a_rehearsal_may_be_inside_another() -> None:
+    """As where a step is captured that is rehearsed."""
+    step = make_rehearsed(REHEARSED["adamw"])
+    before = copy.deepcopy(step.task.model.state_dict())
+    with step.rehearsal():
+        with step.rehearsal():
+            step(0, [make_batch()])
+        step(1, [make_batch()])
+    for name, value in step.task.model.state_dict().items():
+        assert torch.equal(value, before[name])
