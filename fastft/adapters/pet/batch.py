@@ -25,8 +25,6 @@ from fastft.task import Sample
 # Steps of N, powers of two, are at least this, and at least twice the root of N: the atoms of a
 # number of structures drawn at random vary with that root.
 _STEP = 16
-# Cells from an atom to itself, in angstrom: farther than any cutoff.
-_FAR = 1000
 
 
 def filled_size(atoms: int) -> int:
@@ -59,7 +57,7 @@ def collate(
         "species": _joined(structures, "species"),
         "system": torch.from_numpy(np.repeat(np.arange(len(samples)), sizes)),
         "cells": torch.from_numpy(np.stack([s["cell"] for s in structures])).to(dtype),
-        # A divisor; a filler may have none.
+        # Sums are divided by it; what fills up may have none.
         "atoms": torch.tensor(sizes).clamp(min=1),
         "target": torch.tensor(targets),
     }
@@ -97,18 +95,16 @@ def _filler(samples: Sequence[Sample]) -> Sample:
         count = sum(len(each["centers"]) for each in found)
         missing = few(count, _STEP) - count
         pairs["near"] = np.zeros(missing, bool)
-    # These pairs need an atom.
+    # These pairs go from atoms to themselves, so there must be one; and sums over one are slow.
     atoms = filled_size(len(species) + bool(missing)) - len(species)
-    shifts = np.zeros((missing, 3), np.int64)
-    shifts[:, 0] = _FAR
-    ends = np.zeros(missing, np.int64)
+    ends = np.sort(np.arange(missing) % max(atoms, 1))
     structure = {
         "species": np.resize(species[:1], atoms),
         "positions": np.zeros((atoms, 3)),
         "cell": np.eye(3),
     }
-    neighbours = {"centers": ends, "neighbours": ends, "shifts": shifts, **pairs}
-    return {"structure": structure, "neighbours": neighbours}
+    pairs |= {"centers": ends, "neighbours": ends, "shifts": np.zeros((missing, 3), np.int64)}
+    return {"structure": structure, "neighbours": pairs}
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Tensor:
