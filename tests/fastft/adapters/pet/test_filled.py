@@ -10,12 +10,20 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from captured_steps import record
 
 from fastft.adapters.pet import PetAdapter
 from fastft.adapters.pet.baseline import fit_baseline
 from fastft.adapters.pet.batch import filled_size
-from fastft.config import DataSource
+from fastft.blocks import compile_task
+from fastft.config import DataSource, GradientsConfig, OptimConfig
+from fastft.fused import TORCH_ONLY
+from fastft.graphs.forms import StepGraphs
 from fastft.graphs.inputs import form_of, same_form
+from fastft.graphs.record import make_record_on_gpu
+from fastft.optim import Optimizer, make_groups
+from fastft.precision import make_precision
+from fastft.step import TrainingStep
 from fastft.task import Batch, Task
 
 ADAPTIVE = {"num_neighbors_adaptive": 4, "cutoff": 4.0}
@@ -124,6 +132,37 @@ def test_batches_of_many_sizes_have_one_form(
         batches = [make_batch(adapter, [data[i] for i in each], fill=fill) for each in chosen]
         forms = [form_of([batch]) for batch in batches]
         assert all(same_form(form, forms[0]) for form in forms) == fill
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_graphs_of_two_forms_are_replayed(fitted: Any, device: str) -> None:
+    """On a CPU, a call that is made again in place of a CUDA graph."""
+    place = torch.device(device)
+    losses, counts = [], []
+    for captured in (False, True):
+        adapter, task, samples = fitted()
+        task.model.to(place)
+        # Molecules, of 8, 20, 11 and 19 atoms.
+        parts = ([1, 2, 7, 8], [4, 5, 10, 11], [1, 2, 8, 10], [2, 4, 5, 11])
+        chosen = [[samples[i] for i in part] for part in parts]
+        batches = [make_batch(adapter, part, fill=True).to(place) for part in chosen]
+        step = make_step(task, place)
+        said: list[str] = []
+        capture = record if device == "cpu" else make_record_on_gpu(place)
+        graphs = StepGraphs(step, capture, 100, said.append)
+        step.graph = graphs if captured else None
+        losses.append(torch.stack([step(i, [b]).loss for i, b in enumerate(batches * 2)]))
+        counts.append(graphs.count)
+        assert said == []
+    assert counts == [0, 2]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
+
+
+def make_step(task: Task, device: torch.device) -> TrainingStep:
+    precision, optim = make_precision("fp32", device), OptimConfig(name="adam", lr=1e-3)
+    compile_task(task, "blocks" if device.type == "cuda" else "off", precision)
+    optimizer = Optimizer(make_groups(task, optim, {}), optim, 100, TORCH_ONLY)
+    return TrainingStep(task, optimizer, None, GradientsConfig(), precision)
 
 
 def make_chain(count: int) -> ase.Atoms:
