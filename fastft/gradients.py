@@ -107,11 +107,12 @@ class GradientGuard:
     def unchanged(self) -> Iterator[None]:
         """Scale and counters are the same after this context as before it."""
         kept = {name: value.clone() for name, value in self.state_dict().items()}
+        bad = self._bad_tensors.clone()
         try:
             yield
         finally:
             self.load_state_dict(kept)
-            self._bad_tensors.zero_()
+            self._bad_tensors.copy_(bad)
 
     def counters(self) -> Mapping[str, Tensor]:
         """Device scalars to log: bad steps so far, and whether the run must stop."""

@@ -9,7 +9,7 @@ import torch
 from fastft.graphs.compare import difference
 from fastft.graphs.graph import StepGraph
 from fastft.graphs.inputs import Form, StaticBatches, form_of, same_form
-from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record
+from fastft.graphs.record import TOO_LITTLE_MEMORY, CaptureFailed, NotCaptured, Record
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
@@ -101,16 +101,19 @@ class StepGraphs:
 
     def _capture(self, met: _Form, first: Sequence[Batch], second: Sequence[Batch]) -> None:
         met.first = None
+        reason = failure = None
         try:
             graph = StepGraph(self._step, StaticBatches(first), self._record)
             changed = difference(self._step, [first, second], self._total, graph.replay)
             reason = None if changed is None else f"a graph changes {changed}"
+        except CaptureFailed as error:
+            graph, failure = None, str(error)
         except NotCaptured as error:
             graph, reason = None, str(error)
         except torch.OutOfMemoryError:
-            graph, reason = None, TOO_LITTLE_MEMORY
-        if reason == TOO_LITTLE_MEMORY:
-            self._give_up()
+            graph, failure = None, TOO_LITTLE_MEMORY
+        if failure is not None:
+            self._give_up(failure)
         elif reason is not None:
             self._say(f"step.cuda_graphs: batches of another form run uncaptured, because {reason}")
         else:
@@ -121,11 +124,10 @@ class StepGraphs:
     def _is_full(self) -> bool:
         return sum(met.first is None for met in self._forms) >= self._most
 
-    def _give_up(self) -> None:
-        """Drops all graphs: their memory grew in the attempt, and goes back only as a whole."""
-        self._forms, self._most, self._has_said = [], 0, True
+    def _give_up(self, failure: str) -> None:
+        """Drops all graphs: what a failed attempt took of their memory goes back with them only."""
+        self._forms, self._next, self._most, self._has_said = [], None, 0, True
         gc.collect()
         self._say(
-            "step.cuda_graphs: from now on steps run uncaptured, because there is too little memory"
-            " for a graph of batches of another form"
+            f"step.cuda_graphs: no longer used, because batches came in another form, and {failure}"
         )

@@ -17,12 +17,16 @@ _WARM_UP = 2
 # Losses of the micro-batches, and gradients of the parameters.
 Outputs = tuple[Sequence[Loss], list[Tensor | None]]
 Run = Callable[[], Outputs]
-# Captures a call; what it returns repeats the call into the same outputs. Raises NotCaptured.
+# Captures a call; what it returns repeats the call into the same outputs. Raises CaptureFailed.
 Record = Callable[[Run, torch.device], tuple[Callable[[], object], Outputs]]
 
 
 class NotCaptured(Exception):
     """Why a step cannot be captured."""
+
+
+class CaptureFailed(NotCaptured):
+    """Likewise, found out in the attempt, which spoils what was captured before (`_abandon`)."""
 
 
 def make_record_on_gpu(device: torch.device) -> Record:
@@ -42,7 +46,7 @@ def _record_on_gpu(
     """Captures a call in a CUDA graph.
 
     Raises:
-        NotCaptured: the call waits for the GPU, or CUDA refuses.
+        CaptureFailed: the call waits for the GPU, or CUDA refuses.
     """
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     outputs = reason = None
@@ -75,14 +79,15 @@ def _record_on_gpu(
     if outputs is None or reason is not None:
         outputs = None
         _abandon(device, pool, before)
-        raise NotCaptured(reason)
+        raise CaptureFailed(reason)
     return graph.replay, outputs
 
 
 def _abandon(device: torch.device, pool: Any, before: torch.cuda.Stream) -> None:
     """Where a capture fails, torch 2.11 leaves stream, allocator and generator in the middle of it.
 
-    After that no random numbers could be drawn, and no cached memory given back.
+    After that no random numbers could be drawn, and no cached memory given back. Graphs that were
+    captured before draw from the old generator's state, and what the pool took stays with them.
     """
     torch.cuda.set_stream(before)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastft.graphs import forms
 from fastft.graphs.forms import StepGraphs
-from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Outputs, Run
+from fastft.graphs.record import TOO_LITTLE_MEMORY, CaptureFailed, Outputs, Run
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
@@ -129,30 +129,34 @@ def test_a_graph_that_does_not_follow_its_inputs_is_refused() -> None:
     ]
 
 
-@pytest.mark.parametrize("where", ["in the capture", "beside the graphs"])
-def test_too_little_memory_gives_all_graphs_up(where: str) -> None:
-    """The run goes on as if there had been none."""
+@pytest.mark.parametrize(
+    "failure", [None, TOO_LITTLE_MEMORY, "it cannot be captured: operation not permitted"]
+)
+def test_a_failed_capture_gives_all_graphs_up(failure: str | None) -> None:
+    """The run goes on as if there had been none; None: the uncaptured step does not fit beside."""
     calls = 0
 
     def loss(model: nn.Module, batch: Batch) -> Loss:
         nonlocal calls
         calls += batch.size == 7
-        if calls == 2 and where == "beside the graphs":
+        if calls == 2 and failure is None:
             raise torch.OutOfMemoryError
         return squared_error(model, batch)
 
     plain, short = make_step(), make_step(loss=loss)
     graphs, said, _ = start(short)
     short.optimizer.forget()
-    if where == "in the capture":
-        graphs._record = Counted(error=NotCaptured(TOO_LITTLE_MEMORY))
+    if failure is not None:
+        graphs._record = Counted(error=CaptureFailed(failure))
     numbers = [8, 7, 7, 8, 6, 6, 7]
     assert_same_bits(sizes(short, numbers), sizes(plain, numbers))
     assert_same_bits(everything(short), everything(plain))
     assert graphs.count == 0
     assert graphs._next is None
-    assert len(said) == 1
-    assert "from now on steps run uncaptured, because there is too little memory" in said[0]
+    assert said == [
+        "step.cuda_graphs: no longer used, because batches came in another form, and"
+        f" {failure or TOO_LITTLE_MEMORY}"
+    ]
 
 
 def test_forms_beyond_the_most_run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:

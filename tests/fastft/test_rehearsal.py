@@ -220,3 +220,15 @@ def test_a_rehearsal_may_be_inside_another() -> None:
         step(1, [make_batch()])
     for name, value in step.task.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_rehearsal_in_a_run_keeps_what_is_to_be_said() -> None:
+    step = make_rehearsed(REHEARSED["adamw"])
+    bad = make_batch(seed=9)
+    bad["inputs"][0] = torch.inf
+    step(0, [bad])
+    rehearse(step)
+    names = step.guard.take_bad_names()
+    assert "0.weight" in names
+    rehearse(step)
+    assert step.guard.take_bad_names() == []
