@@ -268,8 +268,8 @@ def test_graphs_of_two_forms_share_memory() -> None:
     for index in range(2):
         step(index, micro_batches(index, size=2**16 - 2**12))
     assert step.graph.count == 2
-    # Gradients are its own, and what it reads; activations are a hundred times as much.
-    assert reserved() < before + 2**25
+    # Gradients are its own, and what it reads; activations take more than twice this.
+    assert reserved() < before + 2**26
 
 
 @pytest.mark.parametrize("sooner", [True, False])
