@@ -28,7 +28,7 @@ _READ = ("species", "centers", "neighbours", "grid", "present", "reverse")
 
 
 def make_block(model: PET) -> Block:
-    """The backend, whose `forward` is `_energies` from now on, with norms for any number of rows."""
+    """The backend, whose `forward` is `_energies` from now on; its norms take any sizes."""
     model.backend.forward = types.MethodType(_energies, model.backend)
     for module in model.backend.modules():
         if isinstance(module, nn.RMSNorm):
