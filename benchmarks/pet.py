@@ -123,6 +123,9 @@ class Upstream:
     def __init__(self, model: PET, device: torch.device) -> None:
         self._device = device
         self.model = copy.deepcopy(model).to(device)
+        for module in self.model.modules():
+            # Those that fastft has set.
+            vars(module).pop("forward", None)
         cast(Any, self.model.additive_models[0]).sync_tensor_maps()
         cast(Any, self.model.scaler).sync_tensor_maps()
         self.model.train()
@@ -330,7 +333,6 @@ def main() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     if arguments.kernels == "auto":
-        # Not before: upstream's step has the same modules.
         use_kernels(task.model)
     step, _ = trainer_step(task, DEVICE, OPTIM, CLIP, precision=precision, compile="blocks")
     before = graph_count()

@@ -16,9 +16,10 @@ import torch
 from metatrain.pet import PET
 from metatrain.pet.modules.backend import PETBackend
 from metatrain.pet.modules.utilities import cutoff_func_bump, cutoff_func_cosine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastft.adapters.pet.layers import use_own_layers
 from fastft.adapters.pet.pairs import adaptive_settings, atom_cutoffs
 from fastft.task import Batch, Block
 
@@ -28,25 +29,10 @@ _READ = ("species", "centers", "neighbours", "grid", "present", "reverse")
 
 
 def make_block(model: PET) -> Block:
-    """The backend, whose `forward` is `_energies` from now on; its norms take any sizes."""
+    """The backend, whose `forward` is `_energies` from now on, with layers of our own."""
     model.backend.forward = types.MethodType(_energies, model.backend)
-    for module in model.backend.modules():
-        if isinstance(module, nn.RMSNorm):
-            # Bound, so that a deep copy of the module computes with the copy's weights.
-            module.forward = types.MethodType(_rms_norm, module)
+    use_own_layers(model.backend)
     return Block("backend", model.backend, dynamic="first", differentiates=True, layer=False)
-
-
-def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
-    """The norm over the last axis, written out where it is compiled.
-
-    On a GPU torch 2.11 differentiates its own by a formula in C++ that reads sizes as numbers: what
-    is compiled would be for one number of atoms.
-    """
-    if not torch.compiler.is_compiling():
-        return nn.RMSNorm.forward(self, x)
-    eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * self.weight
 
 
 def energies(
