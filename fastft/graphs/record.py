@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,14 +58,28 @@ def record_on_gpu(run: Run, device: torch.device) -> tuple[Callable[[], object],
         reason = TOO_LITTLE_MEMORY
     except Exception as error:
         # Where the end of the capture fails as well, its error hides the first one.
-        first = error.__context__ or error
-        reason = f"it cannot be captured: {(str(first) or repr(first)).splitlines()[0]}"
+        reason = f"it cannot be captured: {explain(error.__context__ or error)}"
     # Past the handlers, because the error's frames hold activations.
     if outputs is None or reason is not None:
         outputs = None
         _abandon(device, pool, before)
         raise NotCaptured(reason)
     return graph.replay, outputs
+
+
+def explain(error: BaseException) -> str:
+    """The first line of what an error says, and the innermost line of code that is not torch's."""
+    own = (str(Path(torch.__file__).parent), __file__, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(own)]
+    text = (str(error) or repr(error)).splitlines()[0]
+    if not outside:
+        return text
+    path = Path(outside[-1].filename)
+    roots = [root for root in map(Path, sys.path) if root.is_absolute() and root in path.parents]
+    # As it is imported.
+    path = path.relative_to(max(roots, key=lambda root: len(root.parts))) if roots else path
+    return f"{text} ({path}:{outside[-1].lineno}, {outside[-1].line})"
 
 
 def _abandon(device: torch.device, pool: Any, before: torch.cuda.Stream) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from small_model import Block, make_batch, squared_error
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from fastft.config import GradientsConfig, LossConfig, OptimConfig, Penalty
@@ -18,7 +20,7 @@ from fastft.fused import Kernels
 from fastft.graphs.choose import choose_graph, first_difference
 from fastft.graphs.graph import StepGraph
 from fastft.graphs.inputs import StaticBatches
-from fastft.graphs.record import NotCaptured, Outputs, Run
+from fastft.graphs.record import NotCaptured, Outputs, Run, explain
 from fastft.losses import make_penalty
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
@@ -257,6 +259,22 @@ def test_the_reason_of_a_failed_capture_is_told() -> None:
     graph, decision = choose(make_step(), capture=fail)
     assert graph is None
     assert decision == "not used, because it cannot be captured: operation not permitted"
+
+
+def test_an_error_is_told_with_the_line_that_is_not_torchs() -> None:
+    """Torch's modules call it, and torch's operators are called by it."""
+
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, torch.ones(1, 3))
+
+    with pytest.raises(RuntimeError) as caught:
+        nn.Sequential(Narrow())(torch.ones(2, 2))
+    told = explain(caught.value)
+    assert told.startswith("mat1 and mat2 shapes cannot be multiplied (2x2 and 3x1) (")
+    line = inspect.getsourcelines(Narrow)[1] + 2
+    assert told.endswith(f"test_graphs.py:{line}, return functional.linear(x, torch.ones(1, 3)))")
+    assert explain(ValueError()) == "ValueError()"
 
 
 def test_too_little_memory_is_told() -> None:
