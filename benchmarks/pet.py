@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--warm", action="store_true")
-    parser.add_argument("--kernels", choices=["off", "auto"], default="off", help="of fastft's")
+    parser.add_argument("--kernels", choices=["off", "auto"], default="auto", help="of fastft's")
     arguments = parser.parse_args()
     precision = arguments.precision
     inductor = cast(Any, importlib.import_module("torch._inductor.config"))
