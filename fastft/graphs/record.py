@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import gc
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +75,7 @@ def _record_on_gpu(
     except Exception as error:
         # Where the end of the capture fails as well, its error hides the first one.
         first = error.__context__ or error
-        reason = f"it cannot be captured: {(str(first) or repr(first)).splitlines()[0]}"
+        reason = f"it cannot be captured: {explain(first)}"
         if isinstance(first, torch.OutOfMemoryError):
             reason = TOO_LITTLE_MEMORY
     # Past the handlers, because the error's frames hold activations.
@@ -81,6 +84,21 @@ def _record_on_gpu(
         _abandon(device, pool, before)
         raise CaptureFailed(reason)
     return graph.replay, outputs
+
+
+def explain(error: BaseException) -> str:
+    """The first line of what an error says, and the innermost line of code that is not torch's."""
+    own = (str(Path(torch.__file__).parent), __file__, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(own)]
+    text = (str(error) or repr(error)).splitlines()[0]
+    if not outside:
+        return text
+    path = Path(outside[-1].filename)
+    roots = [root for root in map(Path, sys.path) if root.is_absolute() and root in path.parents]
+    # As it is imported.
+    path = path.relative_to(max(roots, key=lambda root: len(root.parts))) if roots else path
+    return f"{text} ({path}:{outside[-1].lineno}, {outside[-1].line})"
 
 
 def _abandon(device: torch.device, pool: Any, before: torch.cuda.Stream) -> None:

@@ -1,5 +1,8 @@
 """What varies within one compiled function."""
 
+import importlib
+from typing import Any, cast
+
 import torch
 
 from fastft.compiling import compiled
@@ -21,3 +24,22 @@ def test_first_axes_vary_and_others_do_not() -> None:
         pairs = {name: torch.ones(rows, columns) for name in "ab"}
         assert function(pairs).tolist() == [rows] * columns
         assert graph_count() - before == graphs
+
+
+def test_no_graph_for_large_sizes_alone() -> None:
+    config = cast(Any, importlib.import_module("torch._inductor.config"))
+    fuses = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        fuses.append(config.triton.mix_order_reduction)
+        return graph
+
+    before = config.triton.mix_order_reduction
+    for dynamic in ("first", True):
+        torch._dynamo.reset()
+        function = compiled(
+            torch.sin, make_precision("fp32", torch.device("cpu")), dynamic, backend=backend
+        )
+        function(torch.ones(3, 2))
+    assert fuses == [False, before]
+    assert config.triton.mix_order_reduction == before

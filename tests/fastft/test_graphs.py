@@ -1,6 +1,7 @@
 """Captured steps without a GPU: in place of a CUDA graph, a call that is made again."""
 
 import dataclasses
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,13 @@ from captured_steps import (
 )
 from small_model import make_batch, squared_error
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastft.graphs.choose import choose_graph, first_alike
 from fastft.graphs.compare import first_difference
 from fastft.graphs.graph import StepGraph
 from fastft.graphs.inputs import StaticBatches, form_of, same_form
-from fastft.graphs.record import NotCaptured, Run
+from fastft.graphs.record import NotCaptured, Run, explain
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
@@ -185,6 +187,22 @@ def test_the_reason_of_a_failed_capture_is_told() -> None:
     graph, decision = choose(make_step(), capture=fail)
     assert graph is None
     assert decision == "not used, because it cannot be captured: operation not permitted"
+
+
+def test_an_error_is_told_with_the_line_that_is_not_torchs() -> None:
+    """Torch's modules call it, and torch's operators are called by it."""
+
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, torch.ones(1, 3))
+
+    with pytest.raises(RuntimeError) as caught:
+        nn.Sequential(Narrow())(torch.ones(2, 2))
+    told = explain(caught.value)
+    assert told.startswith("mat1 and mat2 shapes cannot be multiplied (2x2 and 3x1) (")
+    line = inspect.getsourcelines(Narrow)[1] + 2
+    assert told.endswith(f"test_graphs.py:{line}, return functional.linear(x, torch.ones(1, 3)))")
+    assert explain(ValueError()) == "ValueError()"
 
 
 def test_too_little_memory_is_told() -> None:

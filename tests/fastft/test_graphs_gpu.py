@@ -203,6 +203,7 @@ def wait(model: Net, x: Tensor) -> None:
     [
         (count, "each step changes 'calls'"),
         (read, "it cannot be captured: called a synchronizing CUDA operation"),
+        (read, ", x.sum().item())"),
         (wait, "it cannot be captured: "),
     ],
 )

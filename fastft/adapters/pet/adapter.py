@@ -114,7 +114,7 @@ class PetAdapter:
         self._model = model
         self._adaptive = adaptive_settings(model)
         model.to(device)
-        if options.kernels == "auto" and device.type == "cuda":
+        if options.kernels == "auto" and device.type == "cuda" and options.dtype == "float32":
             use_kernels(model)
         return Task(
             model=model,

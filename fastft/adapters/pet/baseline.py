@@ -32,7 +32,8 @@ _PART = 16
 class Baseline:
     """Composition energies and scale of a target, as the model's buffers hold them.
 
-    They are read from the device anew only where a buffer was written to since.
+    They are read from the device anew only where a buffer was written to since, and into the same
+    memory, which a CUDA graph may read.
     """
 
     def __init__(self, target: str) -> None:
@@ -50,7 +51,12 @@ class Baseline:
         if self._values is None or seen != self._seen:
             device = buffers[0].device
             weights, scale = (mts.load_buffer(b.cpu()).block().values.flatten() for b in buffers)
-            self._values = (weights.to(device), scale[0].to(device))
+            found = (weights.to(device), scale[0].to(device))
+            if self._values is None or self._values[0].device != device:
+                self._values = found
+            else:
+                for kept, value in zip(self._values, found, strict=True):
+                    kept.copy_(value)
             self._seen = seen
         return self._values
 

@@ -19,6 +19,7 @@ from metatrain.pet.modules.utilities import cutoff_func_bump, cutoff_func_cosine
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastft.adapters.pet.layers import use_own_layers
 from fastft.adapters.pet.pairs import adaptive_settings, atom_cutoffs
 from fastft.task import Batch, Block
 
@@ -28,8 +29,9 @@ _READ = ("species", "centers", "neighbours", "grid", "present", "reverse")
 
 
 def make_block(model: PET) -> Block:
-    """The backend, whose `forward` is `_energies` from now on."""
+    """The backend, whose `forward` is `_energies` from now on, with layers of our own."""
     model.backend.forward = types.MethodType(_energies, model.backend)
+    use_own_layers(model.backend)
     return Block("backend", model.backend, dynamic="first", differentiates=True, layer=False)
 
 

@@ -134,10 +134,10 @@ class PetOptions(TargetOptions):
     kernels: Annotated[
         Literal["auto", "off"],
         Field(
-            description="'auto': on a GPU, attention that forces are computed through runs on"
-            " fastft's kernel, which rounds otherwise than upstream's; not measured there yet."
+            description="'auto': on a GPU and in float32, attention that forces are computed"
+            " through runs on fastft's kernel, which rounds otherwise than upstream's."
         ),
-    ] = "off"
+    ] = "auto"
     fill_batches: Annotated[
         bool,
         Field(

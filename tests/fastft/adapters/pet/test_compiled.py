@@ -38,10 +38,10 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
-def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Another backend than Inductor."""
 
-    def use(name: str) -> None:
+    def use(name: Any) -> None:
         def compiled(*arguments: Any, **settings: Any) -> Any:
             return compiling.compiled(*arguments, **{**settings, "backend": name})
 
@@ -146,14 +146,36 @@ def test_one_graph_is_as_eager(
         assert getattr(torch._dynamo.config, name) == settings[name]
 
 
+def test_what_is_compiled_is_for_any_size_and_waits_for_nothing(
+    fitted: Any, use_backend: Any
+) -> None:
+    """On a GPU torch's norm has a derivative for one number of atoms, and setting items one that
+    copies from the host; on a CPU neither shows."""
+    _, task, (batch, *_) = fitted(hypers={"normalization": "RMSNorm"})
+    called: list[str] = []
+
+    def backend(graph: Any, inputs: Any, **_: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    use_backend(backend)
+    blocks.compile_task(task, "blocks", make_precision("fp32", CPU))
+    outcome(task, batch)
+    assert any("rsqrt" in name for name in called)
+    assert not any(part in name for name in called for part in ("rms_norm", "setitem"))
+
+
+@pytest.mark.parametrize("kernels", ["off", "auto"])
 def test_graphs_of_an_epoch_of_mixed_sizes(
-    make_adapter: Any, build: Any, use_backend: Any, tmp_path: Path
+    make_adapter: Any, build: Any, use_backend: Any, tmp_path: Path, kernels: str
 ) -> None:
     """Molecules and crystals, 1 to 60 atoms with up to 58 neighbours, at random in batches of 8."""
     frames = [make_frame(seed) for seed in range(96)]
     ase.io.write(tmp_path / "mixed.xyz", frames, format="extxyz")
-    adapter = make_adapter(hypers=ONE_LAYER)
+    adapter = make_adapter(hypers={**ONE_LAYER, "d_pet": 32, "d_node": 32})
     task = build(adapter)
+    if kernels == "auto":
+        use_kernels(task.model)
     data = adapter.dataset(DataSource(path=tmp_path / "mixed.xyz", name="mixed"), "train")
     fit_baseline(task.model, "energy", data.samples)
     use_backend("eager")
@@ -241,10 +263,13 @@ def test_a_gpu_compiles_it_and_waits_for_nothing(fitted: Any, method: str) -> No
     expected = [outcome(task, batch) for batch in batches]
     blocks.compile_task(task, "blocks", make_precision("fp32", device))
     outcome(task, batches[0])
+    before = graph_count()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [outcome(task, batch) for batch in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    # Of all sizes.
+    assert graph_count() == before
     for made, wanted in zip(found, expected, strict=True):
         assert_same(made, wanted)

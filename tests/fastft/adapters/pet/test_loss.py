@@ -9,11 +9,13 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from metatrain.pet import PET
 from upstream_pet import Upstream
 from waits import Waits
 
 from fastft.adapters.pet import PetAdapter
 from fastft.adapters.pet.baseline import Baseline
+from fastft.adapters.pet.loss import PetLoss
 from fastft.config import DataSource
 from fastft.errors import ConfigError
 from fastft.task import Batch, Task
@@ -87,14 +89,22 @@ def test_baseline_is_upstreams(
 
 
 def test_baseline_follows_its_buffers(fitted: Any, make_adapter: Any, build: Any) -> None:
+    """In the memory that a CUDA graph may read."""
     _, task, batch = fitted()
+    assert isinstance(task.model, PET)
+    assert isinstance(task.loss, PetLoss)
+    (baseline,) = task.loss._baselines
     with torch.no_grad():
         before = task.loss(task.model, batch).predictions["energy"]
+        places = [values.data_ptr() for values in baseline(task.model)]
         fresh = build(make_adapter()).model.state_dict()
         for name, buffer in task.model.named_buffers():
             buffer.copy_(fresh[name])
         after = task.loss(task.model, batch).predictions["energy"]
     assert (before - after).abs().max() > 100
+    assert [values.data_ptr() for values in baseline(task.model)] == places
+    for ours, expected in zip(baseline(task.model), Baseline("energy")(task.model), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_evaluation_is_as_training(fitted: Any) -> None:
