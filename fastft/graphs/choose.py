@@ -13,7 +13,7 @@ from fastft.config import RunConfig
 from fastft.data import SourceLoader
 from fastft.graphs.compare import difference
 from fastft.graphs.forms import StepGraphs
-from fastft.graphs.inputs import Form, form_of, same_form
+from fastft.graphs.inputs import Form, apart, form_of, same_form
 from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record, make_record_on_gpu
 from fastft.memory import (
     as_trained_in_the_end,
@@ -80,7 +80,8 @@ def _capture_on_gpu(
 
     def fits() -> bool:
         # Anew, because the graph takes memory outside of torch's allocator, too.
-        return try_rehearsal(step, steps[0], enforced_limit(config.memory, device)) is not None
+        limit = enforced_limit(config.memory, device)
+        return try_rehearsal(step, [apart(batch) for batch in steps[0]], limit) is not None
 
     with as_trained_in_the_end(config, step, ()):
         try:
@@ -162,9 +163,13 @@ def _seconds(
 ) -> tuple[float, float]:
     """Times of whole steps, uncaptured and captured; in turns, because clocks change."""
     times: dict[bool, list[float]] = {False: [], True: []}
+
+    def run() -> None:
+        step(0, [apart(batch) for batch in batches])
+
     with step.rehearsal():
         for _ in range(_ROUNDS):
             for captured, found in times.items():
                 with _using(step, graph if captured else None):
-                    found.append(meter.seconds(lambda: step(0, batches), _REPEATS))
+                    found.append(meter.seconds(run, _REPEATS))
     return statistics.median(times[False]), statistics.median(times[True])

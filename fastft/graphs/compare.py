@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fastft.gradients import gradients_of
+from fastft.graphs.inputs import copied
 from fastft.step import TrainingStep, mean_loss
 from fastft.task import Batch, Loss
 
@@ -41,7 +42,9 @@ def _values(
     step: TrainingStep, run: ForwardBackward, index: int, batches: Sequence[Batch]
 ) -> dict[str, float]:
     factor = step.optimizer.lr_factor(index)
-    loss = mean_loss(run([dataclasses.replace(batch, lr_factor=factor) for batch in batches]))
+    # Copies, because the run's next step may be on these batches.
+    batches = [dataclasses.replace(copied(batch), lr_factor=factor) for batch in batches]
+    loss = mean_loss(run(batches))
     verdict = step.guard.inspect(gradients_of(list(step.optimizer.parameters.values())))
     step.optimizer.zero_grad()
     norms = zip(step.guard.names, verdict.tensor_norms.tolist(), strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from fastft.graphs.compare import difference
 from fastft.graphs.graph import StepGraph
-from fastft.graphs.inputs import Form, StaticBatches, form_of, same_form
+from fastft.graphs.inputs import Form, StaticBatches, apart, form_of, same_form
 from fastft.graphs.record import TOO_LITTLE_MEMORY, CaptureFailed, NotCaptured, Record
 from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
@@ -97,7 +97,7 @@ class StepGraphs:
         waiting = [met for met in self._forms if met.first is not None]
         if len(waiting) == MOST_WAITING:
             self._forms.remove(waiting[0])
-        self._forms.append(_Form(form, first=batches))
+        self._forms.append(_Form(form, first=[apart(batch) for batch in batches]))
 
     def _capture(self, met: _Form, first: Sequence[Batch], second: Sequence[Batch]) -> None:
         met.first = None

@@ -16,22 +16,41 @@ class StaticBatches:
     """Copies of a step's batches, for a graph to read.
 
     Attributes:
-        batches: the copies.
         is_dense: whether none of their tensors is sparse or nested; others are not filled.
     """
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = [
-            dataclasses.replace(b, data=tree_map_only(Tensor, torch.clone, dict(b.data)))
-            for b in batches
-        ]
-        self._tensors = _tensors(self.batches)
+        self._batches = [copied(batch) for batch in batches]
+        self._tensors = _tensors(self._batches)
         self.is_dense = all(tensor.layout is torch.strided for tensor in self._tensors)
 
+    @property
+    def batches(self) -> list[Batch]:
+        """The copies, in containers that are made anew each time."""
+        return [apart(batch) for batch in self._batches]
+
+    @torch.no_grad()
     def fill(self, batches: Sequence[Batch]) -> None:
         """Copies the values of batches of the same form."""
         if self._tensors:
             torch._foreach_copy_(self._tensors, _tensors(batches))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def apart(batch: Batch) -> Batch:
+    """The batch's tensors in containers of their own.
+
+    A loss may put something into a batch, or ask for gradients of its tensors.
+    """
+    return dataclasses.replace(batch, data=tree_map_only(Tensor, Tensor.detach, dict(batch.data)))
+
+
+def copied(batch: Batch) -> Batch:
+    """A batch that a loss may write into, too."""
+    return dataclasses.replace(batch, data=tree_map_only(Tensor, _copy, dict(batch.data)))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 Form = Sequence[Sequence[Any]]

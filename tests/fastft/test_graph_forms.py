@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -184,6 +184,41 @@ def test_few_batches_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(met.first is not None for met in graphs._forms) <= 2
     assert later.calls == 0
     assert graphs.takes([make_batch(3, seed=1)])
+
+
+def asks_for_gradients(batch: Batch) -> None:
+    batch["inputs"].requires_grad_()
+
+
+def writes_into_its_tensors(batch: Batch) -> None:
+    batch["inputs"].mul_(0.5).add_(0.1)
+
+
+def adds_a_field(batch: Batch) -> None:
+    cast(Any, batch.data).setdefault("extra", batch["inputs"].mean())
+
+
+def replaces_a_field(batch: Batch) -> None:
+    cast(Any, batch.data)["inputs"] = 0.5 * batch["inputs"]
+
+
+@pytest.mark.parametrize(
+    "change", [asks_for_gradients, writes_into_its_tensors, adds_a_field, replaces_a_field]
+)
+def test_a_loss_may_change_its_batch(change: Callable[[Batch], None]) -> None:
+    """A capture runs it on the batches of the step that goes on, and on some of before."""
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        change(batch)
+        found = squared_error(model, batch)
+        return dataclasses.replace(found, total=found.total + batch.data.get("extra", 0))
+
+    plain, captured = make_step(loss=loss), make_step(loss=loss)
+    graphs, said, _ = start(captured)
+    numbers = [6, 6, 8, 6, 8]
+    assert_same_bits(sizes(plain, numbers), sizes(captured, numbers))
+    assert_same_bits(everything(plain), everything(captured))
+    assert (graphs.count, said) == (2, [])
 
 
 def test_sparse_batches_of_another_form_are_refused() -> None:
