@@ -1,6 +1,7 @@
 """Whether the captured step is used: it must change nothing, fit, and be faster."""
 
 import contextlib
+import functools
 import gc
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,10 +49,12 @@ def capture_step(
         staged: parameters that are frozen now and trained later.
     """
     device = step.precision.device
+    # Reasons quote code, whose brackets are no markup.
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if config.step.cuda_graphs == "off":
         return
     if device.type != "cuda":
-        console.print("step.cuda_graphs: only counts on a GPU; this run is on a CPU")
+        say("step.cuda_graphs: only counts on a GPU; this run is on a CPU")
         return
     if list(staged):
         decision = "not used, because finetune.unfreeze changes what is trained"
@@ -60,12 +63,12 @@ def capture_step(
     elif any(forwards.ways[way].offload for way in forwards.chosen.values()):
         decision = "not used, because the memory plan puts activations on the host"
     else:
-        decision = _capture_on_gpu(config, step, loader, console)
-    console.print(f"step.cuda_graphs: {decision}", soft_wrap=True)
+        decision = _capture_on_gpu(config, step, loader, say)
+    say(f"step.cuda_graphs: {decision}")
 
 
 def _capture_on_gpu(
-    config: RunConfig, step: TrainingStep, loader: SourceLoader, console: Console
+    config: RunConfig, step: TrainingStep, loader: SourceLoader, say: Callable[[str], object]
 ) -> str:
     device = step.precision.device
     with out_of_memory_explained(), loader:
@@ -92,7 +95,7 @@ def _capture_on_gpu(
                 record=make_record_on_gpu(device),
                 fits=fits,
                 meter=DeviceMeter(device),
-                say=console.print,
+                say=say,
             )
         except torch.OutOfMemoryError:
             decision = f"not used, because {TOO_LITTLE_MEMORY}"

@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import io
 import random
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ from captured_steps import (
     make_step,
     record,
 )
+from rich.console import Console
 from small_model import make_batch, squared_error
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastft.graphs import choose as choose_module
 from fastft.graphs.choose import choose_graph, first_alike
 from fastft.graphs.compare import first_difference
 from fastft.graphs.graph import StepGraph
@@ -203,6 +207,24 @@ def test_an_error_is_told_with_the_line_that_is_not_torchs() -> None:
     line = inspect.getsourcelines(Narrow)[1] + 2
     assert told.endswith(f"test_graphs.py:{line}, return functional.linear(x, torch.ones(1, 3)))")
     assert explain(ValueError()) == "ValueError()"
+
+
+@pytest.mark.parametrize("code", ["return x[mask]", "tokens = '[/INST]'"])
+def test_code_that_is_quoted_is_no_markup(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the decision, and in what is said later."""
+
+    def decide(config: Any, step: Any, loader: Any, say: Callable[[str], object]) -> str:
+        say(f"later: {code}")
+        return f"not used: {code}"
+
+    monkeypatch.setattr(choose_module, "_capture_on_gpu", decide)
+    step: Any = SimpleNamespace(precision=SimpleNamespace(device=torch.device("cuda")), replay=None)
+    config: Any = SimpleNamespace(step=SimpleNamespace(cuda_graphs="auto"))
+    forwards: Any = SimpleNamespace(ways={}, chosen={})
+    console = Console(file=io.StringIO(), width=20)
+    choose_module.capture_step(config, step, forwards, cast(Any, None), (), console)
+    said = cast(io.StringIO, console.file).getvalue()
+    assert said == f"later: {code}\nstep.cuda_graphs: not used: {code}\n"
 
 
 def test_too_little_memory_is_told() -> None:
