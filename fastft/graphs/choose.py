@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -13,9 +14,16 @@ from fastft.blocks import BlockForwards
 from fastft.config import RunConfig
 from fastft.data import SourceLoader
 from fastft.graphs.compare import difference
-from fastft.graphs.forms import StepGraphs
+from fastft.graphs.forms import MOST_WAITING, StepGraphs
 from fastft.graphs.inputs import Form, apart, form_of, same_form
-from fastft.graphs.record import TOO_LITTLE_MEMORY, NotCaptured, Record, make_record_on_gpu
+from fastft.graphs.record import (
+    TOO_LITTLE_MEMORY,
+    NotCaptured,
+    Record,
+    Recorded,
+    Run,
+    make_record_on_gpu,
+)
 from fastft.memory import (
     as_trained_in_the_end,
     enforced_limit,
@@ -82,9 +90,16 @@ def _capture_on_gpu(
     steps = [[batch.to(device) for batch in each] for each in steps]
 
     def fits() -> bool:
-        # Anew, because the graph takes memory outside of torch's allocator, too.
         limit = enforced_limit(config.memory, device)
         return try_rehearsal(step, [apart(batch) for batch in steps[0]], limit) is not None
+
+    capture = make_record_on_gpu(device)
+
+    def record(run: Run, device: torch.device) -> Recorded:
+        recorded = capture(run, device)
+        # Of other forms, too, which are met in the middle of the run.
+        enforced_limit(config.memory, device)
+        return recorded
 
     with as_trained_in_the_end(config, step, ()):
         try:
@@ -92,7 +107,7 @@ def _capture_on_gpu(
                 step,
                 steps,
                 config.run.steps,
-                record=make_record_on_gpu(device),
+                record=record,
                 fits=fits,
                 meter=DeviceMeter(device),
                 say=say,
@@ -107,7 +122,8 @@ def _capture_on_gpu(
 
 def first_alike(steps: Iterable[Sequence[Batch]]) -> list[Sequence[Batch]] | None:
     """The batches of the first two steps that differ in their tensors' values alone."""
-    seen: list[tuple[Form, Sequence[Batch]]] = []
+    # Those of Aurora may all differ, in their time, and are large.
+    seen = deque[tuple[Form, Sequence[Batch]]](maxlen=MOST_WAITING)
     for batches in steps:
         form = form_of(batches)
         for other, earlier in seen:

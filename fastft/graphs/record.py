@@ -20,8 +20,10 @@ _WARM_UP = 2
 # Losses of the micro-batches, and gradients of the parameters.
 Outputs = tuple[Sequence[Loss], list[Tensor | None]]
 Run = Callable[[], Outputs]
-# Captures a call; what it returns repeats the call into the same outputs. Raises CaptureFailed.
-Record = Callable[[Run, torch.device], tuple[Callable[[], object], Outputs]]
+# What repeats a call into the same outputs, and these.
+Recorded = tuple[Callable[[], object], Outputs]
+# Captures a call. Raises CaptureFailed.
+Record = Callable[[Run, torch.device], Recorded]
 
 
 class NotCaptured(Exception):
@@ -45,7 +47,7 @@ def make_record_on_gpu(device: torch.device) -> Record:
 
 def _record_on_gpu(
     run: Run, device: torch.device, *, stream: torch.cuda.Stream, pool: Any
-) -> tuple[Callable[[], object], Outputs]:
+) -> Recorded:
     """Captures a call in a CUDA graph.
 
     Raises:

@@ -79,7 +79,8 @@ def out_of_memory_explained() -> Iterator[None]:
         lines = str(error).splitlines()
         raise PlanError(
             f"memory: a later step or evaluation must fit as the first did; got {lines[0]}; lower"
-            " data.batch_size, or make a new plan with a smaller memory.budget for more room"
+            " data.batch_size, or make a new plan with a smaller memory.budget for more room; CUDA"
+            " graphs take memory, too, which step.cuda_graphs = 'off' leaves free"
         ) from error
 
 

@@ -52,7 +52,7 @@ def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
     On a GPU torch 2.11 differentiates its own by a formula in C++ that reads sizes as numbers: what
     is compiled would be for one number of atoms.
     """
-    if not torch.compiler.is_compiling():
+    if self.weight is None or not torch.compiler.is_compiling():
         return nn.RMSNorm.forward(self, x)
     eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * self.weight
