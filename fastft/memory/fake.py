@@ -23,9 +23,9 @@ from fastft.config import RunConfig
 from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
-    measure_blocks,
     measure_rest,
 )
+from fastft.memory.menu import Menu
 from fastft.memory.solve import StepCosts
 from fastft.optim import state_bytes
 from fastft.step import TrainingStep
@@ -301,7 +301,7 @@ def estimate_costs(
     forwards.use_everywhere(RECOMPUTE)
     calls = capture_calls(step, batches[0])
     names = [name for name, way in forwards.ways.items() if not way.offload]
-    measured = measure_blocks(step, forwards, calls, names, meter, rounds=1)
+    measured = Menu(step.task, forwards, calls, names, meter, rounds=1).measure()
     del calls
     costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
     held.clear()

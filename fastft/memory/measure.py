@@ -2,15 +2,13 @@
 
 A rehearsal is a whole training step whose update is told to change nothing. One of them, in which
 every block keeps as little as it can, gives what is there besides the blocks; then each distinct
-block runs alone under each way, forward and backward.
+block runs alone, forward and backward (see `menu`).
 """
 
 import contextlib
 import dataclasses
 import gc
-import itertools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.blocks import BlockForwards
 from fastft.memory.meter import Meter
 from fastft.memory.solve import BlockCosts, Choice, StepCosts, peak_bytes
-from fastft.memory.trial import Call, Trial, detached, measure_block
-from fastft.offload import HostMemoryError
+from fastft.memory.trial import Call, detached
 from fastft.step import TrainingStep, compute_loss
 from fastft.task import Batch, Block, Task
-
-_ROUNDS = 3
-# Of what all blocks keep: a kind of block with a smaller share has two ways, all and least.
-_LITTLE = 0.01
-# How torch's selective checkpointing refuses a block that changes in place what it was to keep.
-_IN_PLACE = "has been mutated"
 
 
 @dataclass
@@ -88,7 +78,7 @@ def differentiates_twice(step: TrainingStep, batches: Sequence[Batch]) -> bool:
     return any(found)
 
 
-def distinct_blocks(task: Task, calls: dict[str, Call]) -> dict[str, list[Block]]:
+def distinct_blocks(task: Task, calls: Mapping[str, Call]) -> dict[str, list[Block]]:
     """Blocks by what they are and what they are called with; those of one key cost the same."""
     found: dict[str, list[Block]] = {}
     for block in task.blocks:
@@ -197,99 +187,6 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
     )
     marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=3)
     return marks.rest
-
-
-def measure_blocks(
-    step: TrainingStep,
-    forwards: BlockForwards,
-    calls: dict[str, Call],
-    names: Sequence[str],
-    meter: Meter,
-    rounds: int = _ROUNDS,
-    say: Callable[[str], object] = lambda text: None,
-) -> dict[str, dict[str, Choice]]:
-    """Block name -> way -> its cost, for the named ways that are on its menu.
-
-    Each distinct block is measured once. All its ways are timed in turns, so that a device that
-    changes its clock changes it for all of them. What lies between the first way and the last is
-    left out for blocks that keep little: a way of a compiled block takes seconds to compile.
-
-    Args:
-        say: told of a way that a block cannot run, which leaves its menu; the last must work.
-    """
-    kinds = list(distinct_blocks(step.task, calls).values())
-    trials: dict[str, dict[str, Trial]] = {members[0].name: {} for members in kinds}
-    found: dict[str, dict[str, Choice]] = {members[0].name: {} for members in kinds}
-
-    def attempt(block: Block, name: str) -> None:
-        if name not in forwards.menus[block.name] or name in found[block.name]:
-            return
-        trial = Trial(forwards, block, name, calls[block.name])
-        try:
-            found[block.name][name] = measure_block(trial, meter)
-        except (RuntimeError, HostMemoryError) as error:
-            reason = _reason(error)
-            if name == names[-1] or reason is None:
-                raise
-            trial.drop_gradients()
-            say(f"memory: {block.name} and its like cannot '{name}': {reason}")
-        else:
-            trials[block.name][name] = trial
-
-    for members, name in itertools.product(kinds, (names[0], names[-1])):
-        attempt(members[0], name)
-    spreads = {members[0].name: _spread(members, calls, found, names) for members in kinds}
-    least = _LITTLE * sum(spread for spread in spreads.values() if math.isfinite(spread))
-    costs: dict[str, dict[str, Choice]] = {}
-    for members in kinds:
-        first = members[0]
-        for name in names[1:-1] if spreads[first.name] >= least else ():
-            attempt(first, name)
-        choices = {name: found[first.name][name] for name in names if name in found[first.name]}
-        times: dict[str, list[float]] = {name: [] for name in choices}
-        for _, name in itertools.product(range(rounds), choices):
-            times[name].append(trials[first.name][name].seconds(meter))
-        for name, seconds in times.items():
-            choices[name] = dataclasses.replace(choices[name], seconds=statistics.median(seconds))
-        for block in members:
-            often = calls[block.name].times
-            costs[block.name] = {name: _repeated(c, often) for name, c in choices.items()}
-    return costs
-
-
-def _spread(
-    members: Sequence[Block],
-    calls: Mapping[str, Call],
-    found: Mapping[str, Mapping[str, Choice]],
-    names: Sequence[str],
-) -> float:
-    """Bytes that the blocks keep under the first way and not under the last; infinite: unknown."""
-    choices = found[members[0].name]
-    if names[0] not in choices:
-        return math.inf
-    one = choices[names[0]].kept_bytes - choices[names[-1]].kept_bytes
-    return float(one * sum(calls[block.name].times for block in members))
-
-
-def _reason(error: Exception) -> str | None:
-    """Why a block cannot run a way; None where the way is not to blame."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    if isinstance(error, HostMemoryError):
-        return "the host has too little memory"
-    return "it works in place" if _IN_PLACE in str(error) else None
-
-
-def _repeated(choice: Choice, times: int) -> Choice:
-    """The cost of a block that is called several times before its backward."""
-    kept = choice.kept_bytes
-    return dataclasses.replace(
-        choice,
-        kept_bytes=times * kept,
-        forward_bytes=(times - 1) * kept + choice.forward_bytes,
-        seconds=times * choice.seconds,
-        host_bytes=times * choice.host_bytes,
-    )
 
 
 def assemble_costs(

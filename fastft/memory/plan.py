@@ -25,10 +25,10 @@ from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
     differentiates_twice,
-    measure_blocks,
     measure_rest,
     update_seconds,
 )
+from fastft.memory.menu import WORTH, Menu
 from fastft.memory.meter import DeviceMeter
 from fastft.memory.rehearsal import as_trained_in_the_end, free_cached, try_rehearsal
 from fastft.memory.solve import (
@@ -134,12 +134,15 @@ def measure_costs(
     say: Callable[[str], object] = lambda text: None,
     *,
     offload: bool = True,
+    limits: Sequence[int] = (),
 ) -> StepCosts:
-    """The whole menu, measured on the device; leaves every block keeping the least.
+    """A step's menu, measured on the device; leaves every block keeping the least.
 
     Args:
         say: told of ways that a block cannot run.
         offload: with the ways that use the host's memory, which takes seconds to be pinned.
+        limits: bytes that the allocator may take, for which compiled blocks are compiled to keep
+            less (see `menu`).
 
     Raises:
         PlanError: a block cannot be run a second time.
@@ -154,19 +157,22 @@ def measure_costs(
             "memory.plan: blocks must be able to run a second time in the backward pass; got"
             f" {str(error).splitlines()[0]}; set memory.plan = 'off' and lower data.batch_size"
         ) from error
-    calls = capture_calls(step, batches[0])
     meter = DeviceMeter(step.precision.device)
+    rest = measure_rest(step, batches, meter)
+    calls = capture_calls(step, batches[0])
+    menu = Menu(step.task, forwards, calls, names, meter, say=say)
     with step.rehearsal():
-        measured = measure_blocks(step, forwards, calls, names, meter, say=say)
-    del calls
+        blocks, most = menu.measure().values(), forwards.host.limit_bytes
+        for way in names[:-1]:
+            if sum(choices[way].host_bytes for choices in blocks if way in choices) > most:
+                say(f"memory: '{way}' would take more than half of the host's free memory")
+                menu.drop(way)
+        costs = menu.measure_for(
+            [_room(limit) for limit in limits],
+            lambda choices: assemble_costs(step, rest, choices, len(batches)),
+        )
+    del menu, calls
     free_cached()
-    limit = forwards.host.limit_bytes
-    for way in names[:-1]:
-        if sum(costs[way].host_bytes for costs in measured.values() if way in costs) > limit:
-            say(f"memory: '{way}' would take more than half of the host's free memory")
-            for costs in measured.values():
-                costs.pop(way, None)
-    costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
     update = update_seconds(step, meter)
     other = costs.other_seconds + update
     return replace(costs, other_seconds=other, update_seconds=update)
@@ -209,6 +215,7 @@ def make_plan(
     batches: Sequence[Batch],
     limit: int,
     console: Console,
+    costs: StepCosts | None = None,
 ) -> Plan:
     """The fastest plan whose rehearsed step stays within the limit; its ways are in use.
 
@@ -217,24 +224,31 @@ def make_plan(
 
     Args:
         limit: bytes that the allocator may take; see `enforce`.
+        costs: from `measure_costs` for this limit, where several are planned for, without the ways
+            that offload.
 
     Raises:
         PlanError: nothing fits; the message says what would.
     """
-    forwards.use_everywhere(KEEP)
-    # There is nothing better than thrashing where no block can recompute.
-    found = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
-    if found is not None:
-        return Plan(limit, dict(forwards.chosen), None, None, *found)
-    if not forwards.blocks:
-        raise PlanError(nothing_fits(step, None, batches, limit))
-    console.print("memory: keeping everything does not fit; measuring what recomputing costs")
+    if costs is None:
+        forwards.use_everywhere(KEEP)
+        # There is nothing better than thrashing where no block can recompute.
+        found = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
+        if found is not None:
+            return Plan(limit, dict(forwards.chosen), None, None, *found)
+        if not forwards.blocks:
+            raise PlanError(nothing_fits(step, None, batches, limit))
+        console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     for offload in (False, True):
         free_cached()
-        costs = best = None
-        # Its frames hold activations, so nothing is done in a handler.
-        with contextlib.suppress(torch.OutOfMemoryError):
-            costs = measure_costs(step, forwards, batches, console.print, offload=offload)
+        best = None
+        if costs is None or offload:
+            costs = None
+            # Its frames hold activations, so nothing is done in a handler.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                costs = measure_costs(
+                    step, forwards, batches, console.print, offload=offload, limits=[limit]
+                )
         if costs is not None:
             called = {block.name for block in costs.blocks}
             # Nothing is known of a block that the model does not call as a module.
@@ -257,10 +271,10 @@ def _search(
 ) -> tuple[Plan | None, StepCosts]:
     """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again.
 
-    Keeping the least comes last: it has been rehearsed while it was measured. Returns the corrected
-    costs too.
+    Keeping the least comes last: it has been rehearsed while it was measured. A plan that promises
+    little over the best is not tried. Returns the corrected costs too.
     """
-    room, less, best = round(limit * (1 - SLACK)), _FIRST_STEP, None
+    room, less, best = _room(limit), _FIRST_STEP, None
     # The least that hit the limit.
     failed = math.inf
     tried: list[Mapping[str, str]] = []
@@ -272,11 +286,11 @@ def _search(
                 break
             solution = frugal
         ways = picked(costs, solution)
-        if ways in tried:
+        predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
+        if ways in tried or (best and best.seconds and seconds > (1 - WORTH) * best.seconds):
             break
         tried.append(ways)
         forwards.use(ways)
-        predicted, seconds = peak_bytes(costs, solution.picks), step_seconds(costs, solution.picks)
         found = try_rehearsal(step, batches, limit)
         if found is None:
             failed = min(failed, predicted)
@@ -296,6 +310,11 @@ def _search(
         if failed < math.inf:
             room = round((found.peak_bytes + failed) / 2)
     return best, costs
+
+
+def _room(limit: int) -> int:
+    """Bytes for the peak of a plan."""
+    return round(limit * (1 - SLACK))
 
 
 def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:

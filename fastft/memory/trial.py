@@ -5,7 +5,9 @@ timed on chains of the block: as many forwards, then their backwards, last first
 backwards waits for its copy as a whole, so the time is an upper bound.
 """
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +96,7 @@ def measure_block(trial: Trial, meter: Meter) -> Choice:
     """Bytes kept, and the highest forward and backward; the time is left at 0."""
     # The first compiles, libraries make their workspaces, and the host its buffers.
     trial.run()
-    gc.collect()
+    _set_apart()
     # The block before, whose copies come back while this one's backward runs.
     before = trial.run_forward() if trial.offloads else None
     inputs, there = trial.fresh(), trial.host.held_bytes
@@ -115,6 +117,25 @@ def measure_block(trial: Trial, meter: Meter) -> Choice:
     return Choice(trial.way, *measured, seconds=0.0, host_bytes=host_bytes)
 
 
+@contextlib.contextmanager
+def long_lived_apart() -> Iterator[None]:
+    """In this context, collections of garbage leave out what blocks' trials have compiled.
+
+    They come before each measurement, and a walk through all that a compiler leaves takes half a
+    second.
+    """
+    _set_apart()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _set_apart() -> None:
+    gc.collect()
+    gc.freeze()
+
+
 def detached(value: Any) -> Any:
     """A tensor out of its graph, with its `requires_grad`; anything else as it is."""
     if not isinstance(value, Tensor):
@@ -124,5 +145,8 @@ def detached(value: Any) -> Any:
 
 def _fresh(value: Any) -> Any:
     value = detached(value)
-    # A copy of a leaf is none.
-    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    # A copy of a leaf is none. What was expanded stays so: a block is compiled anew for strides.
+    once = [slice(0, 1) if stride == 0 else slice(None) for stride in value.stride()]
+    return value[tuple(once)].clone().expand(value.shape) if 0 in value.stride() else value.clone()

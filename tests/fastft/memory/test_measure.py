@@ -27,11 +27,11 @@ from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
     distinct_blocks,
-    measure_blocks,
     measure_rest,
     rehearse,
     update_seconds,
 )
+from fastft.memory.menu import Menu
 from fastft.memory.solve import Choice, peak_bytes
 from fastft.memory.trial import Call, Trial
 from fastft.step import TrainingStep
@@ -305,7 +305,7 @@ def test_a_block_alone() -> None:
     one.model.get_submodule("2").requires_grad_(False)
     calls = capture_calls(one.step, make_batch())
     names = [KEEP.name, RECOMPUTE.name]
-    found = measure_blocks(one.step, one.forwards, calls, names, one.meter)
+    found = Menu(one.step.task, one.forwards, calls, names, one.meter).measure()
     assert {name: list(ways) for name, ways in found.items()} == {"1": names, "2": names}
     # These blocks say that they keep as much whatever the way.
     assert found["1"][KEEP.name] == Choice(KEEP.name, 10, 300, 500, 0.25)
@@ -317,12 +317,12 @@ def test_a_block_alone() -> None:
 def test_equal_blocks_are_measured_once() -> None:
     one = build()
     calls = capture_calls(one.step, make_batch())
-    found = measure_blocks(one.step, one.forwards, calls, [KEEP.name], one.meter)
+    found = Menu(one.step.task, one.forwards, calls, [KEEP.name], one.meter).measure()
     once = len(one.meter.repeats)
     assert found["1"] == found["2"]
     one.model.get_submodule("2").requires_grad_(False)
     calls = capture_calls(one.step, make_batch())
-    measure_blocks(one.step, one.forwards, calls, [KEEP.name], one.meter)
+    Menu(one.step.task, one.forwards, calls, [KEEP.name], one.meter).measure()
     assert len(one.meter.repeats) == 3 * once
 
 
@@ -338,9 +338,9 @@ def test_blocks_that_keep_little_have_two_ways(
         size = 1000 if trial._parameters[0].requires_grad else small
         return Choice(trial.way, 0 if trial.way == names[-1] else size, 0, 0, 0.0)
 
-    monkeypatch.setattr("fastft.memory.measure.measure_block", costs)
+    monkeypatch.setattr("fastft.memory.menu.measure_block", costs)
     calls = capture_calls(one.step, make_batch())
-    found = measure_blocks(one.step, one.forwards, calls, names, one.meter)
+    found = Menu(one.step.task, one.forwards, calls, names, one.meter).measure()
     assert list(found["1"]) == names
     assert list(found["2"]) == (names if has_all else [names[0], names[-1]])
 
@@ -348,7 +348,7 @@ def test_blocks_that_keep_little_have_two_ways(
 def test_blocks_without_anything_to_differentiate() -> None:
     one = build("0", "1")
     calls = capture_calls(one.step, make_batch())
-    found = measure_blocks(one.step, one.forwards, calls, list(one.forwards.ways), one.meter)
+    found = Menu(one.step.task, one.forwards, calls, list(one.forwards.ways), one.meter).measure()
     assert {choice.kept_bytes for choice in found["1"].values()} == {0}
     assert {choice.kept_bytes for choice in found["2"].values()} == {10}
 

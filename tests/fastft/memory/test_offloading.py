@@ -10,7 +10,8 @@ from fastft import offload
 from fastft.blocks import EAGER, KEEP, LEAST, OFFLOAD, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig
 from fastft.memory import plan
-from fastft.memory.measure import capture_calls, measure_blocks
+from fastft.memory.measure import capture_calls
+from fastft.memory.menu import Menu
 from fastft.memory.solve import host_bytes, solve
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
@@ -83,7 +84,7 @@ def test_ways_that_offload_are_timed_on_a_chain(setup: tuple[TrainingStep, Block
     ran = {}
     for way in (KEEP, OFFLOAD):
         first.forwards = 0
-        found = measure_blocks(step, forwards, calls, [way.name], Seconds(), rounds=1)
+        found = Menu(step.task, forwards, calls, [way.name], Seconds(), rounds=1).measure()
         ran[way] = first.forwards
         assert found["1"][way.name].seconds == (1.0 if way.offload else 3.0)
     # The one that compiles, the measured one with one before it, and the timed one.

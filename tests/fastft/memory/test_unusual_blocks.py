@@ -8,7 +8,8 @@ from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig
 from fastft.errors import PlanError
 from fastft.memory import plan
-from fastft.memory.measure import capture_calls, differentiates_twice, measure_blocks
+from fastft.memory.measure import capture_calls, differentiates_twice
+from fastft.memory.menu import Menu
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
 from fastft.step import TrainingStep
@@ -68,11 +69,12 @@ def test_a_loss_on_derivatives_is_found_out() -> None:
 def test_such_a_loss_has_only_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
-    def noted(step: object, forwards: object, calls: object, wanted: list[str], *_: object) -> None:
+    def noted(task: object, forwards: object, calls: object, wanted: list[str], *_: object) -> None:
         names.extend(wanted)
         raise StopIteration
 
-    monkeypatch.setattr(plan, "measure_blocks", lambda *a, **k: noted(*a))
+    monkeypatch.setattr(plan, "DeviceMeter", lambda device: FlatMeter())
+    monkeypatch.setattr(plan, "Menu", lambda *a, **k: noted(*a))
     step, forwards = make(tanhs(), force)
     with pytest.raises(StopIteration):
         plan.measure_costs(step, forwards, [batch()])
@@ -129,7 +131,7 @@ def test_a_block_costs_as_often_as_it_is_called() -> None:
     forwards = BlockForwards(task, "off", precision)
     calls = capture_calls(step, batch())
     assert (calls["first"].times, calls["again"].times) == (1, 3)
-    found = measure_blocks(step, forwards, calls, [KEEP.name], FlatMeter())
+    found = Menu(step.task, forwards, calls, [KEEP.name], FlatMeter()).measure()
     once, often = found["first"][KEEP.name], found["again"][KEEP.name]
     assert (once.kept_bytes, once.seconds) == (10, 1.0)
     assert (often.kept_bytes, often.seconds) == (30, 3.0)
