@@ -206,7 +206,7 @@ def guess(name: str, share: float, known: Mapping[float, Choice]) -> Choice:
 
     chord, least = on_line("seconds", at - 1, at), known[1].seconds
     for a, b in ((at - 2, at - 1), (at, at + 1)):
-        if 0 <= a and b < len(shares):
+        if a >= 0 and b < len(shares):
             least = max(least, on_line("seconds", a, b))
     fields = (f"{part}_bytes" for part in ("kept", "forward", "backward"))
     return Choice(
