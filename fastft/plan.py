@@ -1,7 +1,7 @@
 """`fastft plan`: what a run's blocks would keep inside each of several budgets."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def plan(
             "step.compile: must be 'blocks' or 'off' for a plan; got 'model', where no block is"
             " left to choose for; change it"
         )
-    measured = _estimate(config) if no_device else _measure(config)
+    measured = _estimate(config) if no_device else _measure(config, wanted)
     if not wanted:
         assert measured.total_bytes is not None
         wanted = {f"{measured.total_bytes / GIB:.1f}GiB": measured.total_bytes}
@@ -171,8 +171,8 @@ def _parse(budgets: Sequence[str], config: RunConfig, *, no_device: bool) -> dic
     return found
 
 
-def _measure(config: RunConfig) -> Measured:
-    """On the GPU of the run."""
+def _measure(config: RunConfig, wanted: Mapping[str, int]) -> Measured:
+    """On the GPU of the run, what these budgets need; none: its memory."""
     quiet = Console(quiet=True)
     with open_run(config.run, write=False) as run:
         device = run.device
@@ -189,15 +189,18 @@ def _measure(config: RunConfig) -> Measured:
             held = [loader.example().to(device) for _ in range(config.accumulate)]
         step, forwards, average = _build(config, task, device, quiet)
         batches = held[:2]
+        total = torch.cuda.mem_get_info(device)[1]
+        outside = total - budget_bytes(None, device)
+        limits = [max(0, size - outside) for size in wanted.values() or [total]]
         try:
-            costs = measure_costs(step, forwards, batches)
+            costs = measure_costs(step, forwards, batches, limits=limits)
         except torch.OutOfMemoryError as error:
             limit = budget_bytes(None, device)
             raise PlanError(nothing_fits(step, None, batches, limit)) from error.with_traceback(
                 None
             )
         del average
-        total = torch.cuda.mem_get_info(device)[1]
+        # What was compiled takes memory too.
         outside = total - budget_bytes(None, device)
     name = torch.cuda.get_device_name(device)
     settings = (config.accumulate, step.precision.name)

@@ -1,9 +1,9 @@
 """Which ways of which blocks are measured.
 
 A compiled block that keeps less is a graph of its own, which takes seconds to compile. Other ways
-need none, and are all measured. What a graph would cost is guessed from what is measured; graphs
-that the solver picks by these guesses are compiled and measured, until it picks none, or until
-they promise too little.
+need none, and are all measured. Where there are many graphs, what they would cost is guessed; those
+that the solver picks by these guesses are compiled and measured, until it picks none, or until they
+promise too little.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import itertools
 import math
 import statistics
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -28,6 +29,10 @@ _ROUNDS = 3
 _LITTLE = 0.01
 # Likewise: one with a smaller share has no graph but that of keeping all.
 _LITTLE_COMPILED = 0.05
+# As many graphs are compiled unasked.
+_FEW = 8
+# Where a guess lies between a straight line and the best that a convex curve allows.
+_HOPE = 0.75
 # Of a step's time: what more compiling and trying must promise to save.
 WORTH = 0.005
 # How torch's selective checkpointing refuses a block that changes in place what it was to keep.
@@ -102,10 +107,12 @@ class Menu:
         Args:
             assemble: from costs of blocks to those of the step.
         """
+        if rooms and sum(map(len, self._graphs.values())) <= _FEW:
+            self._compile({kind: tuple(graphs) for kind, graphs in self._graphs.items()})
         kinds = {block.name: kind for kind, blocks in self._kinds.items() for block in blocks}
         while True:
             costs, hoped = assemble(self.choices()), assemble(self.choices(guessed=True))
-            wanted: dict[str, set[str]] = {}
+            picks: dict[str, Counter[str]] = {}
             for room in rooms:
                 now, then = solve(costs, room), solve(hoped, room)
                 if then is None or (now and then.seconds > (1 - WORTH) * now.seconds):
@@ -113,10 +120,13 @@ class Menu:
                 for block, pick in zip(hoped.blocks, then.picks, strict=True):
                     kind, name = kinds[block.name], block.choices[pick].name
                     if name in self._graphs[kind]:
-                        wanted.setdefault(kind, set()).add(name)
-            if not wanted:
+                        picks.setdefault(kind, Counter())[name] += 1
+            if not picks:
                 return costs
-            self._compile(wanted)
+            # One of a kind, which makes guesses of the others better.
+            self._compile(
+                {kind: [max(names, key=names.__getitem__)] for kind, names in picks.items()}
+            )
 
     def choices(self, *, guessed: bool = False) -> Choices:
         """What was measured.
@@ -146,7 +156,8 @@ class Menu:
                 for name in names:
                     self._attempt(kind, name)
                     self._graphs[kind].remove(name)
-                self._time(kind)
+                if names:
+                    self._time(kind)
 
     def _attempt(self, kind: str, name: str) -> None:
         if name not in self._forwards.menus[kind] or name in self._found[kind]:
@@ -190,11 +201,10 @@ class Menu:
 
 
 def guess(name: str, share: float, known: Mapping[float, Choice]) -> Choice:
-    """The cost of keeping a share, from those of other shares, 0 and 1 among them.
+    """What keeping a share may cost, from what others do, 0 and 1 among them.
 
-    Bytes are taken from the straight line between the neighbours; the time lies half-way between
-    that line and the least of a convex curve, which no extended line between two others passes, nor
-    the time of keeping all.
+    Bytes lie on the straight line between the neighbours. The time lies below it, towards the least
+    that a convex curve allows: that of keeping all, and of lines through two others on one side.
     """
     shares = sorted(known)
     at = bisect(shares, share)
@@ -212,7 +222,7 @@ def guess(name: str, share: float, known: Mapping[float, Choice]) -> Choice:
     return Choice(
         name,
         *(round(on_line(field, at - 1, at)) for field in fields),
-        seconds=(chord + min(chord, least)) / 2,
+        seconds=chord - _HOPE * max(0.0, chord - least),
     )
 
 
