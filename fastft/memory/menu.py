@@ -27,10 +27,9 @@ from fastft.task import Task
 _ROUNDS = 3
 # Of what all blocks keep: a kind of block with a smaller share has two ways, all and least.
 _LITTLE = 0.01
-# Likewise: one with a smaller share has no graph but that of keeping all.
-_LITTLE_COMPILED = 0.05
-# As many graphs are compiled unasked.
-_FEW = 8
+# As many graphs are compiled unasked. Where there are more, a kind of block with a smaller share
+# than this has no graph but that of keeping all.
+_FEW, _LITTLE_COMPILED = 8, 0.05
 # Where a guess lies between a straight line and the best that a convex curve allows.
 _HOPE = 0.75
 # Of a step's time: what more compiling and trying must promise to save.
@@ -88,8 +87,6 @@ class Menu:
                 for name in between:
                     if name not in graphs:
                         self._attempt(kind, name)
-                if spread < _LITTLE_COMPILED * total:
-                    graphs = []
                 if self._by_share(kind).keys() >= {0, 1}:
                     self._graphs[kind] = [n for n in graphs if n in self._forwards.menus[kind]]
                 else:
@@ -97,6 +94,9 @@ class Menu:
                     for name in graphs:
                         self._attempt(kind, name)
                 self._time(kind)
+        if sum(map(len, self._graphs.values())) > _FEW:
+            little = [kind for kind in self._kinds if spreads[kind] < _LITTLE_COMPILED * total]
+            self._graphs.update((kind, []) for kind in little)
         return self.choices()
 
     def measure_for(

@@ -156,7 +156,10 @@ def test_several_budgets_share_what_is_measured(monkeypatch: pytest.MonkeyPatch)
         assert best(costs, room).seconds <= 1.01 * best(blocks.all(), room).seconds
 
 
-@pytest.mark.parametrize("kinds", [[(24, 500, 2.0)], [(8, 500, 2.0), (8, 250, 3.0)]])
+# Of the last, one kind keeps 4 %.
+@pytest.mark.parametrize(
+    "kinds", [[(24, 500, 2.0)], [(8, 500, 2.0), (8, 250, 3.0)], [(8, 500, 2.0), (1, 150, 2.0)]]
+)
 def test_all_of_few_graphs_are_compiled(
     kinds: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

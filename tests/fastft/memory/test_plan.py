@@ -185,6 +185,38 @@ def test_everything_is_kept_where_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
         Device().make_plan(LEAST // 2, monkeypatch)
 
 
+def test_costs_that_are_given_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is keeping everything tried, where they say that it does not fit."""
+    tried: list[set[str]] = []
+    one = task()
+    forwards = forwards_of(one)
+
+    def rehearse(*_: object, **__: object) -> Rehearsal:
+        tried.append(set(forwards.chosen.values()))
+        chosen = picks(forwards.chosen)
+        return Rehearsal(peak_bytes(COSTS, chosen), step_seconds(COSTS, chosen))
+
+    monkeypatch.setattr(plan, "try_rehearsal", rehearse)
+    monkeypatch.setattr(plan, "measure_costs", lambda *_, **__: pytest.fail("measured again"))
+    for limit, keeps_all in ((limit_at(0.5), False), (2 * MOST, True)):
+        tried.clear()
+        found = make_plan(step_of(one), forwards, [Batch({}, 8)], limit, quiet(), COSTS)
+        assert found.predicted_bytes == found.peak_bytes
+        assert len(tried) == 1
+        assert (tried[0] == {KEEP.name}) is keeps_all
+
+
+def test_a_plan_that_promises_little_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room that is left, 0.4 % of the limit, would save 0.1 % of the time."""
+    limit = limit_at(0.5)
+    device = Device(missed=lambda _: -0.004 * limit)
+    first = solve(COSTS, round(limit * 0.99))
+    found = device.make_plan(limit, monkeypatch)
+    assert first is not None
+    assert picks(found.ways) == list(first.picks)
+    assert len(device.tried) == 2
+
+
 @pytest.mark.parametrize(
     ("limit", "missed"),
     [
