@@ -93,7 +93,10 @@ class Trial:
 
 
 def measure_block(trial: Trial, meter: Meter) -> Choice:
-    """Bytes kept, and the highest forward and backward; the time is left at 0."""
+    """Bytes kept, and the highest forward and backward; the time is left at 0.
+
+    To be called in `long_lived_apart`.
+    """
     # The first compiles, libraries make their workspaces, and the host its buffers.
     trial.run()
     _set_apart()

@@ -120,7 +120,7 @@ def best(costs: StepCosts, room: int) -> Solution:
 
 
 # As in a weather model: several blocks of three sizes, one that keeps much, one that keeps little.
-MANY = [(4, 540, 2.0), (6, 270, 2.5), (5, 150, 1.7), (1, 800, 2.2), (1, 50, 2.0)]
+MANY = [(4, 540, 2.0), (6, 270, 2.5), (5, 150, 1.7), (1, 800, 2.2), (2, 100, 2.5)]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
@@ -141,10 +141,9 @@ def test_not_all_of_many_graphs_are_compiled(share: float, monkeypatch: pytest.M
 
 def test_a_kind_that_keeps_little_has_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = Blocks(MANY, monkeypatch)
-    blocks.menu().measure_for(
-        [blocks.room(share) for share in (0.1, 0.3, 0.6, 0.9)], blocks.assemble
-    )
-    assert {width for width, _ in blocks.compiled} == {1, 2, 3, 4}
+    for name, ways in blocks.menu().choices(guessed=True).items():
+        little = blocks.calls[name].arguments[0].shape[1] == len(MANY)
+        assert list(ways) == ([KEEP.name, RECOMPUTE.name] if little else NAMES)
 
 
 def test_several_budgets_share_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
