@@ -17,22 +17,26 @@ COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C7", "C8")
 
 
 def aurora_tables(records: list[Record]) -> list[str]:
-    """Time, memory and what the time is spent on; what did not fit stays in the records."""
-    upstream = next(r["step_ms"] for r in records if r["runner"] == UPSTREAM)
-    rows = [
-        [
-            r["runner"],
-            f"{r['step_ms']:.0f}",
-            f"{upstream / r['step_ms']:.2f}",
-            f"{r['peak_gib']:.1f}",
-            f"{r['reserved_gib']:.1f}",
-            *(f"{value:.0f}" for value in _kinds(r)),
-        ]
-        for r in records
-        if "step_ms" in r
-    ]
-    head = ["runner", "ms per step", "times faster", "peak GiB", "reserved GiB", *KINDS, "other"]
-    return ["", *table(head, rows)]
+    """Time, memory and what the time is spent on; what is not upstream's step has no factor."""
+    upstream = {r["case"]: r["step_ms"] for r in records if _is_upstream(r) and "step_ms" in r}
+    rows = []
+    for r in records:
+        case, runner = r["case"].removeprefix("aurora, "), r["runner"]
+        if "step_ms" not in r:
+            if _is_upstream(r):
+                rows.append([case, runner, "out of memory", *["-"] * (len(KINDS) + 4)])
+            continue
+        compared = r["case"] in upstream and " steps" not in runner
+        factor = f"{upstream[r['case']] / r['step_ms']:.2f}" if compared else "-"
+        memory = [f"{r['peak_gib']:.1f}", f"{r['reserved_gib']:.1f}"]
+        kinds = [f"{value:.0f}" for value in _kinds(r)]
+        rows.append([case, runner, f"{r['step_ms']:.0f}", factor, *memory, *kinds])
+    head = ["case", "runner", "ms per step", "times faster", "peak GiB", "reserved GiB"]
+    return ["", *table([*head, *KINDS, "other"], rows)]
+
+
+def _is_upstream(record: Record) -> bool:
+    return record["runner"] == UPSTREAM
 
 
 def _kinds(record: Record) -> list[float]:
@@ -42,8 +46,10 @@ def _kinds(record: Record) -> list[float]:
 
 
 def plot_aurora(records: list[Record], path: Path) -> Path:
-    """A bar for each runner, beside the records; the file."""
-    shown = sorted((r for r in records if "step_ms" in r), key=lambda r: r["step_ms"])
+    """A bar for each runner of upstream's first step, beside the records; the file."""
+    case = next(r["case"] for r in records if _is_upstream(r) and "step_ms" in r)
+    same = [r for r in records if r["case"] == case and " steps" not in r["runner"]]
+    shown = sorted((r for r in same if "step_ms" in r), key=lambda r: r["step_ms"])
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(shown)))
     for place, r in enumerate(shown):
         left = 0.0
@@ -53,7 +59,7 @@ def plot_aurora(records: list[Record], path: Path) -> Path:
         axis.annotate(f" {r['step_ms']:.0f}", (left, place), va="center")
     axis.set_yticks(range(len(shown)), [r["runner"] for r in shown])
     axis.set(xlabel="milliseconds of a step", xlim=(0, 1.08 * shown[-1]["step_ms"]))
-    axis.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=8, fontsize=9, frameon=False)
     figure.tight_layout()
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
@@ -85,11 +91,12 @@ def pet_tables(records: list[Record]) -> list[str]:
             r["runner"],
             f"{r['step_ms']:.1f}",
             f"{r['from_host_ms']:.1f}",
-            f"{r['peak_gib']:.2f}",
+            f"{r['reserved_gib']:.2f}",
             f"{r['compile_s']:.0f}" if r.get("compile_s") else "-",
         ]
-        for r in records
+        for r in sorted(records, key=lambda r: r["case"])
         if "step_ms" in r
     ]
-    head = ["case", "runner", "ms per step", "with the batch on the host", "peak GiB", "compile, s"]
+    head = ["case", "runner", "ms per step", "with the batch on the host", "reserved GiB"]
+    head += ["compile, s"]
     return ["", *table(head, rows)]

@@ -239,6 +239,10 @@ def measure_fastft(step: TrainingStep, hosted: list[Batch]) -> dict[str, Any]:
 def measure_captured(step: TrainingStep, hosted: list[Batch], forms: int) -> dict[str, Any]:
     """The row of a step that replays CUDA graphs."""
     before = graph_count()
+    # As the trainer does: of what uncaptured steps took.
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     row = measure_trainer(step, [batch.to(DEVICE) for batch in hosted])
     host = median_ms(lambda i: step(0, [hosted[i % len(hosted)].to(DEVICE)]))
     return {**row, "from_host_ms": host, "graphs": graph_count() - before, "forms": forms}

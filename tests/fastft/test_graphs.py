@@ -233,11 +233,12 @@ def test_too_little_memory_is_told() -> None:
     assert "too little memory" in decision
 
 
-def test_a_slower_graph_is_not_used() -> None:
-    clock = Clock(0.0011, 0.0012)
+@pytest.mark.parametrize(("seconds", "told"), [(0.0012, "1.20"), (0.00105, "1.05")])
+def test_a_graph_that_is_slower_or_hardly_faster_is_not_used(seconds: float, told: str) -> None:
+    clock = Clock(0.0011, seconds)
     graph, decision = choose(make_step(), clock=clock)
     assert graph is None
-    assert decision == "not used, because a step takes 1.20 ms captured, 1.10 ms uncaptured"
+    assert decision == f"not used, because a step takes {told} ms captured, 1.10 ms uncaptured"
     assert clock.calls == 6
 
 
