@@ -310,7 +310,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[PetAdapter, di
         ase.io.write(files[kind], frames, format="extxyz")
         elements |= {symbol for frame in frames for symbol in frame.symbols}
     # Upstream's are not turned.
-    options = {"hypers": SIZES[arguments.size], "elements": sorted(elements), "augment": False}
+    options = {"hypers": SIZES[arguments.size], "elements": sorted(elements)}
+    options |= {"augment": False, "fill_batches": True}
     return PetAdapter(parse(PetOptions, options, key="model.options")), files
 
 

@@ -70,6 +70,7 @@ def _converted(options: Mapping[str, Any], folder: str) -> Conversion:
     # As in the examples: on a CPU it takes minutes, for little.
     if tree["run"].get("device") != "cpu":
         tree["step"] |= {"compile": "blocks", "cuda_graphs": "auto"}
+        tree["model"]["options"]["fill_batches"] = True
         notes.append("step.compile: is 'blocks' here, for a GPU; set 'off' for short runs or a CPU")
     if loss := _loss(hypers["loss"], training, notes):
         tree["model"]["options"]["loss"] = loss

@@ -146,7 +146,7 @@ class PetOptions(TargetOptions):
             " `step.cuda_graphs` few graphs. It is work on some percent more atoms, for nothing"
             " without graphs, or where all batches have as many atoms."
         ),
-    ] = True
+    ] = False
     rescale_heads: Annotated[
         bool,
         Field(

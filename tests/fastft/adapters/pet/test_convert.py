@@ -132,6 +132,7 @@ def test_the_shortest_form(convert: Any, fastft: Any) -> None:
     assert tree["run"] == {"folder": "runs/options", "steps": 6}
     assert tree["model"]["options"] == {
         **{"target": "energy", "forces": True, "stress": False, "elements": ["H", "C", "O"]},
+        "fill_batches": True,
         "hypers": {
             **{"d_pet": 8, "d_head": 8, "d_node": 8, "d_feedforward": 8, "num_heads": 2},
             "cutoff": 3.0,
@@ -148,7 +149,7 @@ def test_the_shortest_form(convert: Any, fastft: Any) -> None:
     assert "training_set.targets.energy.stress: 'stress' is not in every structure" in said
     # What is said is in the file, too.
     assert all(f"# {line}" in Path("run.toml").read_text() for line in said.splitlines()[:-1])
-    assert tree["step"] == {"precision": "fp32", "compile": "blocks"}
+    assert tree["step"] == {"precision": "fp32", "compile": "blocks", "cuda_graphs": "auto"}
     settings = ("run.device=cpu", "step.compile=off", "data.checks.ignore=['missing']")
     outcome = fastft("train", "run.toml", *settings)
     assert (outcome.errors, outcome.code) == ("", 0)
@@ -163,7 +164,7 @@ def test_fine_tuning(convert: Any) -> None:
     assert tree["model"]["options"] == {
         **{"target": "energy/pbe0", "unit": "eV", "description": "PBE0"},
         **{"inherit_heads": "energy", "keep_targets": True, "dtype": "float64"},
-        **{"forces": True, "stress": False},
+        **{"forces": True, "stress": False, "fill_batches": True},
         **{"head_modules": ["node_heads", "edge_heads"]},
         "last_layer_modules": ["node_last_layers"],
         "loss": {"kind": "huber", "delta": 0.5, "energy": 2.0, "forces": 10.0},

@@ -56,6 +56,7 @@ def fitted(make_adapter: Any, build: Any, atoms_file: Path) -> Any:
     """An adapter of float64, its task with a fitted baseline, and samples."""
 
     def make(**options: Any) -> tuple[PetAdapter, Task, list[Any]]:
+        options = {"fill_batches": True, **options}
         adapter = make_adapter(dtype="float64", augment=False, **options)
         task = build(adapter)
         data = adapter.dataset(DataSource(path=atoms_file, name="atoms"), "train")
@@ -123,7 +124,7 @@ def test_batches_of_many_sizes_have_one_form(
 ) -> None:
     frames = [make_chain(count) for count in (5, 6, 7, 8)]
     ase.io.write(tmp_path / "chains.xyz", frames, format="extxyz")
-    adapter = make_adapter(hypers=hypers)
+    adapter = make_adapter(hypers=hypers, fill_batches=True)
     build(adapter)
     data = adapter.dataset(DataSource(path=tmp_path / "chains.xyz", name="chains"), "train")
     for fill in (True, False):
