@@ -10,6 +10,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from backpropagated import backpropagated
 from captured_steps import record
 
 from fastft.adapters.pet import PetAdapter
@@ -36,11 +37,7 @@ def make_batch(adapter: PetAdapter, samples: Sequence[Any], *, fill: bool) -> Ba
 
 
 def outcome(task: Task, batch: Batch) -> dict[str, torch.Tensor]:
-    task.model.zero_grad()
-    loss = task.loss(task.model, batch)
-    loss.total.backward()
-    found = task.model.named_parameters()
-    gradients = {name: p.grad.clone() for name, p in found if p.grad is not None}
+    loss, gradients = backpropagated(task, batch)
     return {"loss": loss.total.detach(), **loss.parts, **gradients}
 
 
