@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastft_kernels.device import ceil_div, multiprocessors, next_power_of_2, shared_memory_bytes
 
+# A backward's prefetch of a row's mean and rstd.
+_ROW_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -30,9 +33,9 @@ def element_bytes(*streams: Tensor | None) -> int:
     return sum(0 if stream is None else stream.element_size() for stream in streams)
 
 
-def _stages(wanted: int, tile_elements: int, bytes_each: int, device: torch.device) -> int:
+def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """As many stages as shared memory holds, with one tile's room for exchanges besides."""
-    fitting = shared_memory_bytes(device) // (tile_elements * bytes_each) - 1
+    fitting = shared_memory_bytes(device) // tile_bytes - 1
     return max(1, min(wanted, fitting))
 
 
@@ -72,7 +75,7 @@ def persistent_schedule(columns: int, bytes_each: int, device: torch.device) -> 
         bytes_each: from `element_bytes`.
     """
     block = next_power_of_2(columns)
-    stages = _stages(3, block, bytes_each, device)
+    stages = _stages(3, block * bytes_each, device)
     return Schedule(rows=1, warps=max(8, block // 1024), stages=stages, programs_per_sm=16)
 
 
@@ -87,12 +90,15 @@ def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Sc
     tile = max(4096 if block <= 2048 else 8192, block)
     if bytes_each <= 4:
         shared = 2 if tile == 4096 else 1
-        stages = _stages(3, tile, bytes_each * shared, device)
-        return Schedule(tile // block, tile // 1024, stages, shared)
+        rows = tile // block
+        stages = _stages(3, shared * (tile * bytes_each + rows * _ROW_BYTES), device)
+        return Schedule(rows, tile // 1024, stages, shared)
     tile = max(4096, block)
+    rows = tile // block
     warps = 8 if block <= 2048 else min(32, max(16, block // 512))
-    stages = _stages(4 if tile == 4096 else 3, tile, bytes_each, device)
-    return Schedule(rows=tile // block, warps=warps, stages=stages, programs_per_sm=1)
+    wanted = 4 if tile == 4096 else 3
+    stages = _stages(wanted, tile * bytes_each + rows * _ROW_BYTES, device)
+    return Schedule(rows=rows, warps=warps, stages=stages, programs_per_sm=1)
 
 
 def programs(schedule: Schedule, rows: int, device: torch.device) -> int:

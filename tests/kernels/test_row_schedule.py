@@ -1,5 +1,8 @@
 import pytest
-from fastft_kernels.row_schedule import programs_per_sample
+import torch
+from fastft_kernels.row_schedule import backward_schedule, programs_per_sample
+
+KIB = 1024
 
 
 @pytest.mark.parametrize("samples", [1, 2, 16, 100, 133, 200, 256, 5000])
@@ -15,3 +18,15 @@ def test_programs_keep_the_gpu_busy(samples):
 def test_programs_never_outnumber_tiles():
     assert programs_per_sample(132, 16, 3) <= 3
     assert programs_per_sample(132, 7, 0) == 1
+
+
+# Of an H100, of an A100, and of smaller GPUs.
+@pytest.mark.parametrize("shared", [227 * KIB, 163 * KIB, 99 * KIB, 64 * KIB])
+@pytest.mark.parametrize("bytes_each", [4, 6, 8, 12])
+def test_prefetch_fits_into_shared_memory(shared, bytes_each, monkeypatch):
+    """Rows of one element too, where mean and rstd take as much as two float32 tiles."""
+    monkeypatch.setattr("fastft_kernels.row_schedule.shared_memory_bytes", lambda device: shared)
+    for columns in (2**n for n in range(15)):
+        schedule = backward_schedule(columns, bytes_each, torch.device("cpu"))
+        tile = schedule.rows * (columns * bytes_each + 4 + 4)
+        assert (schedule.stages - 1) * tile * schedule.programs_per_sm <= shared
