@@ -241,19 +241,18 @@ def make_plan(
         console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     for offload in (False, True):
         free_cached()
-        best = None
-        if costs is None or offload:
-            costs = None
+        best, measured = None, None if offload else costs
+        if measured is None:
             # Its frames hold activations, so nothing is done in a handler.
             with contextlib.suppress(torch.OutOfMemoryError):
-                costs = measure_costs(
+                measured = measure_costs(
                     step, forwards, batches, console.print, offload=offload, limits=[limit]
                 )
-        if costs is not None:
-            called = {block.name for block in costs.blocks}
+        if measured is not None:
+            called = {block.name for block in measured.blocks}
             # Nothing is known of a block that the model does not call as a module.
             forwards.use({name: KEEP.name for name in forwards.blocks if name not in called})
-            best, costs = _search(step, forwards, batches, limit, costs)
+            best, costs = _search(step, forwards, batches, limit, measured)
         if best is not None:
             forwards.use(best.ways)
             return best

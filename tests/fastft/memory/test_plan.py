@@ -303,6 +303,10 @@ def test_measuring_that_hits_the_limit_is_an_error_with_advice(
     one = task()
     with pytest.raises(PlanError, match=r"no plan fits 1\.00 GiB"):
         make_plan(step_of(one), forwards_of(one), [Batch({}, 8)], 2**30, quiet())
+    # What an earlier measurement found is still said.
+    for limit in (LEAST // 2, COSTS.fixed_bytes // 2):
+        with pytest.raises(PlanError, match="the least peak is"):
+            make_plan(step_of(one), forwards_of(one), [Batch({}, 8)], limit, quiet(), COSTS)
 
 
 def test_blocks_that_were_not_called_are_in_the_plan(
