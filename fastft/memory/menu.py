@@ -28,7 +28,7 @@ _ROUNDS = 3
 # Of what all blocks keep: a kind of block with a smaller share has two ways, all and least.
 _LITTLE = 0.01
 # As many graphs are compiled unasked. Where there are more, a kind of block with a smaller share
-# than this has no graph but that of keeping all.
+# than this has no graph but that of keeping all, unless it keeps half of what the largest does.
 _FEW, _LITTLE_COMPILED = 8, 0.05
 # Where a guess lies between a straight line and the best that a convex curve allows.
 _HOPE = 0.75
@@ -95,7 +95,8 @@ class Menu:
                         self._attempt(kind, name)
                 self._time(kind)
         if sum(map(len, self._graphs.values())) > _FEW:
-            little = [kind for kind in self._kinds if spreads[kind] < _LITTLE_COMPILED * total]
+            enough = min(_LITTLE_COMPILED * total, max(spreads.values()) / 2)
+            little = [kind for kind in self._kinds if spreads[kind] < enough]
             self._graphs.update((kind, []) for kind in little)
         return self.choices()
 

@@ -146,6 +146,14 @@ def test_a_kind_that_keeps_little_has_no_graphs(monkeypatch: pytest.MonkeyPatch)
         assert list(ways) == ([KEEP.name, RECOMPUTE.name] if little else NAMES)
 
 
+def test_one_of_very_many_kinds_keeps_little_and_has_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = Blocks([(1, 100, 2.0)] * 25, monkeypatch)
+    for ways in blocks.menu().choices(guessed=True).values():
+        assert list(ways) == NAMES
+
+
 def test_several_budgets_share_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = Blocks(MANY, monkeypatch)
     rooms = [blocks.room(share) for share in (0.1, 0.3, 0.7)]
