@@ -146,6 +146,7 @@ def test_the_shortest_form(convert: Any, fastft: Any) -> None:
     }
     assert tree["checkpoint"] == {"every_steps": 200, "monitor": "forces_mae_mev_per_angstrom"}
     assert "the last ones of each file" in said
+    assert "step.compile, step.cuda_graphs, model.options.fill_batches: are 'blocks'" in said
     assert "training_set.targets.energy.stress: 'stress' is not in every structure" in said
     # What is said is in the file, too.
     assert all(f"# {line}" in Path("run.toml").read_text() for line in said.splitlines()[:-1])
