@@ -12,7 +12,7 @@ from metatrain.utils.architectures import get_default_hypers
 from metatrain.utils.data import DatasetInfo
 from torch import nn
 
-from fastft.adapters.pet.checkpoint import read_model
+from fastft.adapters.pet.checkpoint import SUFFIX, read_model
 from fastft.adapters.pet.lora import add_lora
 from fastft.adapters.pet.options import PetOptions
 from fastft.adapters.pet.targets import (
@@ -55,7 +55,7 @@ def build_model(options: PetOptions, targets: RunTargets, checkpoint: Path | Non
     if model is None:
         # Another file has all that the model has, or the core says what it lacks.
         fresh = targets.trained if checkpoint is None else ()
-        built = Built(_from_options(options, targets), (), fresh)
+        built = Built(_from_options(options, targets, checkpoint), (), fresh)
     else:
         built = _from_checkpoint(model, options, targets, cast(Path, checkpoint))
     model = built.model
@@ -104,12 +104,15 @@ def trained_by_heads(model: PET, options: PetOptions, targets: Sequence[str]) ->
     return names
 
 
-def _from_options(options: PetOptions, targets: RunTargets) -> PET:
+def _from_options(options: PetOptions, targets: RunTargets, checkpoint: Path | None) -> PET:
     """A model with random weights."""
     if not options.elements:
         raise ConfigError(
-            "model.options.elements: must name the model's elements where there is no checkpoint of"
-            " PET; got none; add them, such as ['H', 'C', 'O'], or set model.checkpoint"
+            f"model.checkpoint: must be a {SUFFIX} of `mtt train`, unless model.options.elements"
+            f" and hypers say what model it is; got '{checkpoint}'; name the {SUFFIX}, or set these"
+            if checkpoint is not None
+            else "model.options.elements: must name the model's elements where there is no"
+            " checkpoint; got none; add them, such as ['H', 'C', 'O'], or set model.checkpoint"
         )
     defaults: dict[str, Any] = get_default_hypers("pet")["model"]
     problems = [

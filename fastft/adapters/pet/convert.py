@@ -71,7 +71,10 @@ def _converted(options: Mapping[str, Any], folder: str) -> Conversion:
     if tree["run"].get("device") != "cpu":
         tree["step"] |= {"compile": "blocks", "cuda_graphs": "auto"}
         tree["model"]["options"]["fill_batches"] = True
-        notes.append("step.compile: is 'blocks' here, for a GPU; set 'off' for short runs or a CPU")
+        notes.append(
+            "step.compile, step.cuda_graphs, model.options.fill_batches: are 'blocks', 'auto' and"
+            " true here, for a GPU; for short runs or a CPU set 'off', 'off' and false"
+        )
     if loss := _loss(hypers["loss"], training, notes):
         tree["model"]["options"]["loss"] = loss
     if tree["model"].get("checkpoint"):

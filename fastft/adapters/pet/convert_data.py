@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from metatrain.utils.omegaconf import expand_dataset_config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastft.adapters.pet.data import label_of
+from fastft.adapters.pet.data import known_labels, label_of
 from fastft.adapters.pet.options import TARGET
-from fastft.errors import ConfigError, DataError
+from fastft.errors import ConfigError, DataError, nearest
 
 _OF_ENERGIES = {
     "quantity": "energy",
@@ -87,6 +87,8 @@ class DataReader:
                 found[split] = [replace(training[0], where=f"{split}_set", indices=chosen)]
             else:
                 found[split] = self._parts(f"{split}_set", given)
+        if problems := dict.fromkeys(self._refused(found)):
+            raise ConfigError(problems)
         self.notes += [
             f"{part.where}: has no structures with energies; left out"
             for split, each in found.items()
@@ -134,6 +136,28 @@ class DataReader:
             if paths.count(source["path"]) > 1:
                 source["name"] = f"{source['path']} ({number + 1})"
         return made
+
+    def _refused(self, found: Mapping[str, Sequence[Part]]) -> Iterator[str]:
+        """What upstream refuses of data sets that it can read."""
+        trained = {target for part in found["training"] for target in part.names}
+        for part in (part for parts in found.values() for part in parts):
+            frames = self.frames[part.path]
+            for target, names in part.names.items():
+                where, key = f"{part.where}.targets.{target}", names["energy"]
+                if target not in trained:
+                    yield (
+                        f"{where}: must be a target of training_set; got others there,"
+                        f" {', '.join(map(repr, sorted(trained)))}; write targets as there: a path"
+                        " alone stands for 'energy'"
+                    )
+                elif part.targets[target]["read_from"] == part.path and any(
+                    label_of(atoms, key) is None for atoms in frames
+                ):
+                    yield (
+                        f"{where}.key: must be in every structure of {part.path}; got '{key}',"
+                        f" which some lack{nearest(key, known_labels(frames, 'energy'))};"
+                        " correct it"
+                    )
 
     def _parts(self, where: str, given: Any) -> list[Part]:
         if given is None:

@@ -78,7 +78,7 @@ def open_structures(
         names["stress"] = options.virial or options.stress
     problems = [
         f"{where}: {label}: must be in the file as '{name}'; got no structure that has it"
-        f"{nearest(name, _known(frames))}; else set options.{label}"
+        f"{nearest(name, known_labels(frames, label))}; set options.{label}"
         + ("" if label == "energy" else f" or options.lacks, or model.options.{label} = false")
         for label, name in names.items()
         if frames and all(label_of(frame, name) is None for frame in frames)
@@ -190,16 +190,24 @@ def label_of(frame: ase.Atoms, name: str) -> Any:
     return None
 
 
-def _known(frames: Sequence[ase.Atoms]) -> list[str]:
-    """Names of what structures may have as labels."""
-    own = {"numbers", "positions"}
+def known_labels(frames: Sequence[ase.Atoms], label: str) -> list[str]:
+    """Names of what structures have in the shape of a label."""
     names = dict.fromkeys(
         name
         for frame in frames[:100]
-        for place in (getattr(frame.calc, "results", {}), frame.info, frame.arrays)
-        for name in place
+        for place in (
+            getattr(frame.calc, "results", {}),
+            frame.arrays if label == "forces" else frame.info,
+        )
+        for name, value in place.items()
+        if _may_be(label, np.asarray(value), len(frame))
     )
-    return [name for name in names if name not in own]
+    return [name for name in names if name != "positions"]
+
+
+def _may_be(label: str, value: np.ndarray, atoms: int) -> bool:
+    shapes = {"energy": [()], "forces": [(atoms, 3)], "stress": [(6,), (9,), (3, 3)]}
+    return value.dtype.kind in "fiu" and value.shape in shapes[label]
 
 
 def _is_slice(text: str) -> bool:

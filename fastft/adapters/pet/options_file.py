@@ -51,16 +51,16 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def _invalid(options: Mapping[str, Any]) -> list[str]:
-    """What upstream does not take; options of training that it does not know are notes."""
+    """What upstream does not take."""
     usual, given = get_default_hypers("pet"), options["architecture"]
     try:
         validate_base_options(copy.deepcopy({k: v for k, v in options.items() if k in BASE}))
     except MetatrainValidationError as error:
         return _problems(error, options)
-    training = {k: v for k, v in given.get("training", {}).items() if k in usual["training"]}
+    training = given.get("training", {})
     tuned = training.get("finetune")
     method = tuned.get("method", "full") if isinstance(tuned, dict) and tuned else "no"
-    merged: Any = OmegaConf.merge(usual, {**given, "training": training})
+    merged: Any = OmegaConf.merge(usual, given)
     try:
         check_architecture_options("pet", cast(Any, OmegaConf.to_container(merged)))
     except MetatrainValidationError as error:

@@ -146,6 +146,7 @@ def test_the_shortest_form(convert: Any, fastft: Any) -> None:
     }
     assert tree["checkpoint"] == {"every_steps": 200, "monitor": "forces_mae_mev_per_angstrom"}
     assert "the last ones of each file" in said
+    assert "step.compile, step.cuda_graphs, model.options.fill_batches: are 'blocks'" in said
     assert "training_set.targets.energy.stress: 'stress' is not in every structure" in said
     # What is said is in the file, too.
     assert all(f"# {line}" in Path("run.toml").read_text() for line in said.splitlines()[:-1])
@@ -242,6 +243,22 @@ def test_what_has_no_counterpart_is_said(convert: Any) -> None:
         (
             SHORT.replace("num_epochs: 3", "num_epochs: three"),
             "options.yaml: architecture.training.num_epochs: must be as metatrain takes it; got",
+        ),
+        (
+            SHORT.replace("num_epochs: 3", "num_epoch: 3"),
+            "options.yaml: architecture.training.num_epoch: must be as metatrain takes it; got 3",
+        ),
+        (
+            SHORT.replace("train.xyz", "{systems: train.xyz, targets: {energy: {key: energie}}}"),
+            "options.yaml: training_set.targets.energy.key: must be in every structure of"
+            " train.xyz; got 'energie', which some lack; did you mean 'energy'?; correct it",
+        ),
+        (
+            FINETUNE.replace("validation.xyz", "train.xyz")
+            .replace("E_new", "energy")
+            .replace("energy/pbe0: {q", "energy: {q"),
+            "options.yaml: validation_set.targets.energy: must be a target of training_set; got"
+            " others there, 'energy/pbe0'; write targets as there",
         ),
         (
             SHORT.replace("0.01}", "0.01, finetune: {read_from: a, method: lora, config: {}}}"),

@@ -153,13 +153,11 @@ def test_absent_labels_are_named(make_adapter: Any, rename: Any) -> None:
         opened(make_adapter(stress=True), path, energy="E_dtf")
     assert error.value.problems == (
         f"{path}: energy: must be in the file as 'E_dtf'; got no structure that has it; did you"
-        " mean 'E_dft'?; else set options.energy",
+        " mean 'E_dft'?; set options.energy",
         f"{path}: forces: must be in the file as 'forces'; got no structure that has it; choose"
-        " from 'E_dft', 'F_dft'; else set options.forces or options.lacks, or"
-        " model.options.forces = false",
-        f"{path}: stress: must be in the file as 'stress'; got no structure that has it; choose"
-        " from 'E_dft', 'F_dft'; else set options.stress or options.lacks, or"
-        " model.options.stress = false",
+        " from 'F_dft'; set options.forces or options.lacks, or model.options.forces = false",
+        f"{path}: stress: must be in the file as 'stress'; got no structure that has it; set"
+        " options.stress or options.lacks, or model.options.stress = false",
     )
 
 

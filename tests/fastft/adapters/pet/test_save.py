@@ -164,6 +164,10 @@ def test_what_does_not_fit(saved: Any, make_adapter: Any, build: Any, tmp_path: 
         CheckpointError, match=r"absent\.ckpt: must be .* got no such file; check the"
     ):
         build(make_adapter(elements=[]), tmp_path / "absent.ckpt")
+    with pytest.raises(
+        ConfigError, match=r"model\.checkpoint: must be a \.ckpt .*model\.pt'; name"
+    ):
+        build(make_adapter(elements=[]), tmp_path / "model.pt")
     (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="must be a checkpoint of metatrain; got"):
         build(make_adapter(elements=[]), tmp_path / "broken.ckpt")
