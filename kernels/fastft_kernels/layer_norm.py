@@ -171,8 +171,7 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     if not len(rows):
         return
     wide = max(0 if t is None else t.element_size() for t in (weight, bias))
-    alone = residual is None
-    schedule = forward_schedule(columns, len(rows), wide, x.device, alone=alone)
+    schedule = forward_schedule(columns, len(rows), wide, x.device, alone=residual is None)
     kernel, tile = _forward_kernel, {"BLOCK_N": next_power_of_2(columns), "ROWS": schedule.rows}
     if schedule.chunk:
         kernel, tile = forward_in_passes, {"CHUNK": schedule.chunk}

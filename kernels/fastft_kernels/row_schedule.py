@@ -87,18 +87,16 @@ def backward_schedule(columns: int, bytes_each: int, device: torch.device) -> Sc
         bytes_each: from `element_bytes`.
     """
     block = next_power_of_2(columns)
-    tile = max(4096 if block <= 2048 else 8192, block)
     if bytes_each <= 4:
-        shared = 2 if tile == 4096 else 1
-        rows = tile // block
-        stages = _stages(3, shared * (tile * bytes_each + rows * _ROW_BYTES), device)
-        return Schedule(rows, tile // 1024, stages, shared)
-    tile = max(4096, block)
+        tile = max(4096 if block <= 2048 else 8192, block)
+        warps, wanted, together = tile // 1024, 3, 2 if tile == 4096 else 1
+    else:
+        tile = max(4096, block)
+        warps = 8 if block <= 2048 else min(32, max(16, block // 512))
+        wanted, together = 4 if tile == 4096 else 3, 1
     rows = tile // block
-    warps = 8 if block <= 2048 else min(32, max(16, block // 512))
-    wanted = 4 if tile == 4096 else 3
-    stages = _stages(wanted, tile * bytes_each + rows * _ROW_BYTES, device)
-    return Schedule(rows=rows, warps=warps, stages=stages, programs_per_sm=1)
+    stages = _stages(wanted, together * (tile * bytes_each + rows * _ROW_BYTES), device)
+    return Schedule(rows, warps, stages, together)
 
 
 def programs(schedule: Schedule, rows: int, device: torch.device) -> int:

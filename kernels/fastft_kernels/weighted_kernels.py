@@ -22,6 +22,18 @@ def _store(POINTER, sample, stride, first, t, value, T: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def _queries_and_keys(QKV, heads, T: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's sample and head, columns of a token, its tokens, queries and keys."""
+    head = tl.program_id(0) % heads
+    sample = (tl.program_id(0) // heads).to(tl.int64)
+    width = heads * D
+    t = tl.arange(0, BLOCK)
+    q = _load(QKV, sample, 3 * width, head * D, t, T, D)
+    k = _load(QKV, sample, 3 * width, width + head * D, t, T, D)
+    return sample, head, width, t, q, k
+
+
+@triton.jit
 def _probabilities(q, k, log_weight, scale, PRECISION: tl.constexpr):
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + log_weight[None, :]
     s *= _LOG2E
@@ -42,12 +54,7 @@ def forward(
     PRECISION: tl.constexpr,
 ):
     """O."""
-    head = tl.program_id(0) % heads
-    sample = (tl.program_id(0) // heads).to(tl.int64)
-    width = heads * D
-    t = tl.arange(0, BLOCK)
-    q = _load(QKV, sample, 3 * width, head * D, t, T, D)
-    k = _load(QKV, sample, 3 * width, width + head * D, t, T, D)
+    sample, head, width, t, q, k = _queries_and_keys(QKV, heads, T, D, BLOCK)  # pyright: ignore
     v = _load(QKV, sample, 3 * width, 2 * width + head * D, t, T, D)
     weight = tl.load(WEIGHT + sample * T + t, mask=t < T, other=float("-inf"))
     p = _probabilities(q, k, weight, scale, PRECISION)
@@ -70,12 +77,7 @@ def backward(
     PRECISION: tl.constexpr,
 ):
     """dQ, dK, dV, and db of each head."""
-    head = tl.program_id(0) % heads
-    sample = (tl.program_id(0) // heads).to(tl.int64)
-    width = heads * D
-    t = tl.arange(0, BLOCK)
-    q = _load(QKV, sample, 3 * width, head * D, t, T, D)
-    k = _load(QKV, sample, 3 * width, width + head * D, t, T, D)
+    sample, head, width, t, q, k = _queries_and_keys(QKV, heads, T, D, BLOCK)  # pyright: ignore
     v = _load(QKV, sample, 3 * width, 2 * width + head * D, t, T, D)
     dy = _load(DY, sample, width, head * D, t, T, D)
     weight = tl.load(WEIGHT + sample * T + t, mask=t < T, other=float("-inf"))
@@ -113,12 +115,7 @@ def double_backward(
 
     Of a query that is not there dO, gQ and Q are zero, and so are its rows of dS, G and H.
     """
-    head = tl.program_id(0) % heads
-    sample = (tl.program_id(0) // heads).to(tl.int64)
-    width = heads * D
-    t = tl.arange(0, BLOCK)
-    q = _load(QKV, sample, 3 * width, head * D, t, T, D)
-    k = _load(QKV, sample, 3 * width, width + head * D, t, T, D)
+    sample, head, width, t, q, k = _queries_and_keys(QKV, heads, T, D, BLOCK)  # pyright: ignore
     weight = tl.load(WEIGHT + sample * T + t, mask=t < T, other=float("-inf"))
     p = _probabilities(q, k, weight, scale, PRECISION)
     gq = _load(GQKV, sample, 3 * width, head * D, t, T, D)
