@@ -242,7 +242,6 @@ def measure_captured(step: TrainingStep, hosted: list[Batch], forms: int) -> dic
     # As the trainer does: of what uncaptured steps took.
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     row = measure_trainer(step, [batch.to(DEVICE) for batch in hosted])
     host = median_ms(lambda i: step(0, [hosted[i % len(hosted)].to(DEVICE)]))
     return {**row, "from_host_ms": host, "graphs": graph_count() - before, "forms": forms}

@@ -21,7 +21,7 @@ from fastft.config import RunConfig, parse_bytes
 from fastft.data import open_loader
 from fastft.errors import ConfigError, PlanError
 from fastft.finetune import set_train_mode, staged_names
-from fastft.memory.budget import GIB, SLACK, budget_bytes, nothing_fits
+from fastft.memory.budget import GIB, budget_bytes, nothing_fits, planned_room
 from fastft.memory.fake import (
     FakeMeter,
     Unfilled,
@@ -124,7 +124,7 @@ def plan(
     answers = []
     for label, size in wanted.items():
         limit = max(0, size - measured.outside_bytes)
-        solution = solve(measured.costs, round(limit * (1 - SLACK)))
+        solution = solve(measured.costs, planned_room(limit))
         answers.append(Answer(label, limit, solution))
     missed = [answer for answer in answers if answer.solution is None]
     advice = {

@@ -20,6 +20,11 @@ SLACK = 0.01
 _CONTEXT_BYTES = 2**30
 
 
+def planned_room(limit: int) -> int:
+    """Bytes for a planned step's peak, of those that the allocator may take."""
+    return round(limit * (1 - SLACK))
+
+
 def budget_bytes(wanted: int | None, device: torch.device) -> int:
     """What torch's allocator may take, in bytes.
 
@@ -107,7 +112,7 @@ def nothing_fits(
         least, _ = smallest_peak(costs)
         size = batches[0].size
         activations = least - costs.fixed_bytes
-        room = limit * (1 - SLACK) - costs.fixed_bytes
+        room = planned_room(limit) - costs.fixed_bytes
         lines[0] += f"; the least peak is {least / GIB:.2f} GiB"
         if room > 0 and activations > 0 and 1 <= (fitting := int(size * room / activations)) < size:
             lines.append(

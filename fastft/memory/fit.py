@@ -11,7 +11,7 @@ from fastft.checkpoint import latest_checkpoint
 from fastft.config import RunConfig
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
-from fastft.memory.budget import SLACK, enforced_limit
+from fastft.memory.budget import enforced_limit, planned_room
 from fastft.memory.rehearsal import as_trained_in_the_end, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
@@ -65,7 +65,7 @@ def fit_batch(
         raise ConfigError(
             "data.batch_size: 'fit' needs a GPU to fit into; this run is on a CPU; set a number"
         )
-    limit = round(enforced_limit(config.memory, device) * (1 - SLACK))
+    limit = planned_room(enforced_limit(config.memory, device))
     sizes = [n for n in range(1, samples + 1) if samples % n == 0 and n <= loader.samples]
 
     def fits(size: int) -> bool:

@@ -16,10 +16,10 @@ from fastft.config import RunConfig
 from fastft.errors import PlanError, nearest
 from fastft.memory.budget import (
     GIB,
-    SLACK,
     enforced_limit,
     nothing_fits,
     out_of_memory_explained,
+    planned_room,
 )
 from fastft.memory.measure import (
     assemble_costs,
@@ -168,7 +168,7 @@ def measure_costs(
                 say(f"memory: '{way}' would take more than half of the host's free memory")
                 menu.drop(way)
         costs = menu.measure_for(
-            [_room(limit) for limit in limits],
+            [planned_room(limit) for limit in limits],
             lambda choices: assemble_costs(step, rest, choices, len(batches)),
         )
     del menu, calls
@@ -273,7 +273,7 @@ def _search(
     Keeping the least comes last: it has been rehearsed while it was measured. A plan that promises
     little over the best is not tried. Returns the corrected costs too.
     """
-    room, less, best = _room(limit), _FIRST_STEP, None
+    room, less, best = planned_room(limit), _FIRST_STEP, None
     # The least that hit the limit.
     failed = math.inf
     tried: list[Mapping[str, str]] = []
@@ -309,11 +309,6 @@ def _search(
         if failed < math.inf:
             room = round((found.peak_bytes + failed) / 2)
     return best, costs
-
-
-def _room(limit: int) -> int:
-    """Bytes for the peak of a plan."""
-    return round(limit * (1 - SLACK))
 
 
 def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:
