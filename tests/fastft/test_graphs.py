@@ -19,6 +19,7 @@ from captured_steps import (
     make_step,
     record,
 )
+from no_bytes import NoBytes
 from rich.console import Console
 from small_model import make_batch, squared_error
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from fastft.step import TrainingStep
 from fastft.task import Batch, Loss
 
 
-class Clock:
+class Clock(NoBytes):
     """Times of calls, uncaptured and captured in turns; each call is made once."""
 
     def __init__(self, *seconds: float) -> None:
@@ -44,14 +45,6 @@ class Clock:
         call()
         self.calls += 1
         return self._seconds[(self.calls - 1) % len(self._seconds)]
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def reset_peak(self) -> None: ...
 
 
 def micro_batches(seed: int, count: int = 2) -> list[Batch]:

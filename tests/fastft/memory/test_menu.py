@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_blocks import CPU
+from no_bytes import NoBytes
 from torch import Tensor, nn
 
 from fastft.blocks import COMPILED, KEEP, RECOMPUTE, BlockForwards
@@ -24,17 +25,8 @@ SHARES = dict(zip(NAMES, (1.0, 0.75, 0.5, 0.35, 0.2, 0.0), strict=True))
 MB = 10**6
 
 
-class Meter:
-    """What blocks cost is up to the tests."""
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def reset_peak(self) -> None:
-        pass
+class Meter(NoBytes):
+    """No call is timed."""
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         return 0.0

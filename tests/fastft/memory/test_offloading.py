@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from no_bytes import NoBytes
 from torch import Tensor, nn
 
 from fastft import offload
@@ -38,17 +39,8 @@ class Wide(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
-class Seconds:
-    """No bytes; three seconds for every call, which is made once."""
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def reset_peak(self) -> None:
-        pass
+class Seconds(NoBytes):
+    """Three seconds for every call, which is made once."""
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         call()
