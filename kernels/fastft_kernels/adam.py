@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft_kernels.device import ceil_div, launch
+from fastft_kernels.device import RepeatedLaunch, ceil_div
 from fastft_kernels.rounding import QUANTUM, decode, encode, random_bits, round_to_bf16
 from fastft_kernels.tensor_table import ChunkTable, Kinds
 
@@ -60,7 +60,7 @@ def _one_minus_exp(x):
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["SKIP"])
 def _prepare_kernel(
     STEP,
     GRAD,
@@ -203,7 +203,7 @@ def _update_chunk(
     return tl.sum(g_square), tl.sum(u_square), tl.sum(p_square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["DIVISOR", "SKIP"])
 def _adam_kernel(
     PARAM,
     GRAD,
@@ -290,45 +290,38 @@ def launch_adam(
     tables: "AdamTables", divisor: Tensor, skip: Tensor, layout: str, seed: int
 ) -> None:
     """One step of every tensor in the tables; see the module's docstring for the formula."""
+    # The launches are compiled for float32.
+    divisor, skip = divisor.float(), skip.float()
+    tables.launches = tables.launches or _launches(tables, layout)
+    prepare, update = tables.launches
     tensors = len(tables.step)
-    device = tables.step.device
-    block = 256
-    launch(
+    prepare(
+        *(tables.step, tables.grads, tables.group, tables.lr, tables.hyper),
+        *(skip, tables.scalars, tensors),
+    )
+    if tables.chunks.chunks:
+        update(
+            *(tables.params, tables.grads, tables.moments, tables.scalars),
+            *(tables.chunks.numel, tables.kinds.index, tables.chunks.tensor, tables.chunks.index),
+            *(divisor, skip, tables.statistic, tensors, seed),
+        )
+
+
+def _launches(tables: "AdamTables", layout: str) -> tuple[RepeatedLaunch, RepeatedLaunch]:
+    device, schedule, block = tables.step.device, tables.schedule, 256
+    prepare = RepeatedLaunch(
         _prepare_kernel,
-        (ceil_div(tensors, block),),
+        ceil_div(len(tables.step), block),
         device,
-        tables.step,
-        tables.grads,
-        tables.group,
-        tables.lr,
-        tables.hyper,
-        skip,
-        tables.scalars,
-        tensors,
         HYPER_COLUMNS=HYPER_COLUMNS,
         SCALAR_COLUMNS=SCALAR_COLUMNS,
         BLOCK=block,
     )
-    if not tables.chunks.chunks:
-        return
-    schedule = tables.schedule
-    launch(
+    update = RepeatedLaunch(
         _adam_kernel,
-        (tables.chunks.chunks,),
+        tables.chunks.chunks,
         device,
-        tables.params,
-        tables.grads,
-        tables.moments,
-        tables.scalars,
-        tables.chunks.numel,
-        tables.kinds.index,
-        tables.chunks.tensor,
-        tables.chunks.index,
-        divisor,
-        skip,
-        tables.statistic,
-        tensors,
-        seed,
+        num_warps=schedule.warps,
         KINDS=tables.kinds.names,
         LAYOUT=layout,
         STATISTICS=tables.statistic is not None,
@@ -336,8 +329,8 @@ def launch_adam(
         CHUNK=schedule.chunk,
         BLOCK=schedule.block,
         STAGES=schedule.stages,
-        num_warps=schedule.warps,
     )
+    return prepare, update
 
 
 @dataclass
@@ -350,6 +343,7 @@ class AdamTables:
         params, grads: addresses, int64 `[tensors]`; grads holds 0 where there is no gradient.
         moments: addresses of m, v and (8-bit) their exponents, int64 `[4, tensors]`.
         statistic: float32 `[chunks, 3]` or None.
+        launches: of both kernels; None: to be made for the kinds.
     """
 
     schedule: AdamSchedule
@@ -364,3 +358,4 @@ class AdamTables:
     moments: Tensor
     scalars: Tensor
     statistic: Tensor | None
+    launches: tuple[RepeatedLaunch, RepeatedLaunch] | None = None

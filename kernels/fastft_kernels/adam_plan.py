@@ -23,6 +23,7 @@ from fastft_kernels.tensor_table import (
     ChunkTable,
     Kinds,
     addresses,
+    are_at,
     flat,
     get_dtype,
     get_grad,
@@ -186,15 +187,14 @@ class AdamPlan:
         stays where it was is not looked at again.
         """
         gradients = list(map(get_grad, self.params))
-        found = addresses(gradients)
-        if found != self.grad_addresses:
-            self.grad_addresses = found
+        if not are_at(gradients, self.grad_addresses):
+            found = self.grad_addresses = addresses(gradients)
             present = [g for g in gradients if g is not None]
             signature = (list(map(get_dtype, present)), [address & 15 for address in found])
             self.staged = self._odd_gradients(gradients, present)
             if self.staged or signature != self.signature:
                 self.signature = signature
-                tables.kinds = self._kinds(gradients)
+                tables.kinds, tables.launches = self._kinds(gradients), None
             actual = found.copy()
             # An empty tensor has no address, and yet a step to count; nothing reads it.
             for i in self.empty:

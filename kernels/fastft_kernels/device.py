@@ -76,9 +76,42 @@ def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
 ) -> None:
     """Runs a Triton kernel on the tensors' device, which need not be the current one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    with _current(device):
         kernel[grid](*arguments, **options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+
+
+class RepeatedLaunch:
+    """A launch made at every step, with arguments of the same dtypes and alignment each time.
+
+    Triton finds the compiled kernel by all arguments of each call, which takes a host longer than
+    to launch it; here that is done once.
+
+    Args:
+        options: the kernel's constants, which follow its other arguments, and `num_warps`.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, device: torch.device, num_warps: int = 4, **options: Any
+    ) -> None:
+        self._kernel, self._grid, self._device = kernel, (programs, 1, 1), device
+        self._warps, self._constants = num_warps, options
+        self._compiled: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        """Everything but the constants, in the kernel's order."""
+        with _current(self._device):
+            if self._compiled is not None:
+                self._compiled[self._grid](*arguments, *self._constants.values())
+                return
+            # None under the interpreter.
+            self._compiled = self._kernel[self._grid](
+                *arguments, **self._constants, num_warps=self._warps
+            )
 
 
 def as_rows(x: torch.Tensor, columns: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ tensors of any size, dtype and group. Tables are built once; addresses that chan
 fresh gradients, travel in one pinned copy that nobody waits for.
 """
 
+import functools
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
@@ -48,6 +49,23 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:
         return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+@functools.lru_cache(maxsize=8)
+def _numbers(count: int) -> list[int]:
+    return list(range(count))
+
+
+def are_at(tensors: Sequence[Tensor | None], known: list[int]) -> bool:
+    """Whether `addresses` of the tensors are the known ones."""
+    if len(tensors) != len(known):
+        return False
+    compare: Any = torch._C._tensors_data_ptrs_at_indices_equal  # type: ignore[attr-defined]
+    try:
+        # Twice as fast as asking each tensor; it takes no None.
+        return compare(tensors, known, _numbers(len(known)))
+    except RuntimeError:
+        return addresses(tensors) == known
 
 
 def is_dense(tensor: Tensor) -> bool:

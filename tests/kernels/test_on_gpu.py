@@ -86,3 +86,17 @@ def test_nothing_waits_for_the_gpu_and_nothing_recompiles(device):
             optimizer.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_later_step_takes_other_dtypes_and_alignments(device):
+    """The kernels are looked up at the first step alone."""
+    plain, p = (nn.Parameter(torch.ones(1000, device=device)) for _ in range(2))
+    peer, optimizer = torch.optim.AdamW([plain], lr=0.1), FusedAdam([p], lr=0.1)
+    unaligned = torch.tensor([1.0, 2.0, 4.0], device=device)
+    skip = torch.zeros(3, dtype=torch.bool, device=device)
+    for divisor in (unaligned[0], unaligned[1], unaligned.double()[2]):
+        p.grad = torch.randn_like(p)
+        plain.grad = p.grad / divisor.float()
+        peer.step()
+        optimizer.step(grad_divisor=divisor, skip=skip[1])
+        torch.testing.assert_close(p, plain, rtol=1e-5, atol=1e-6)
