@@ -45,11 +45,14 @@ def _kinds(record: Record) -> list[float]:
     return [*found, max(0.0, record["step_ms"] - sum(found))]
 
 
-def plot_aurora(records: list[Record], path: Path) -> Path:
-    """A bar for each runner of upstream's first step, beside the records; the file."""
-    case = next(r["case"] for r in records if _is_upstream(r) and "step_ms" in r)
-    same = [r for r in records if r["case"] == case and " steps" not in r["runner"]]
-    shown = sorted((r for r in same if "step_ms" in r), key=lambda r: r["step_ms"])
+def plot_aurora(records: list[Record], path: Path) -> Path | None:
+    """A bar for each runner of upstream's first step, beside the records; the file, if there are
+    runners to compare."""
+    measured = [r for r in records if "step_ms" in r and " steps" not in r["runner"]]
+    case = next((r["case"] for r in measured if _is_upstream(r)), None)
+    shown = sorted((r for r in measured if r["case"] == case), key=lambda r: r["step_ms"])
+    if len(shown) < 2:
+        return None
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(shown)))
     for place, r in enumerate(shown):
         left = 0.0

@@ -150,8 +150,7 @@ def main() -> None:
         lines += ["", f"`results/{path.name}`, one {device(records[0])}."]
         tables = TABLES[kind_of(records[0])]
         lines += tables(records)
-        if tables is aurora_tables:
-            picture = plot_aurora(records, path)
+        if tables is aurora_tables and (picture := plot_aurora(records, path)):
             lines += ["", f"![time of a step by kind of kernel](results/{picture.name})"]
         training += records if tables is training_tables else []
     if training:
