@@ -54,7 +54,7 @@ MAX_TOKENS = 256
 # In a window that one program has whole in its backward; with a bias there may be no more.
 SMALL_TOKENS = 64
 _PROGRAMS_PER_SM = 2
-_MAX_HEAD_BYTES = 256
+MAX_HEAD_BYTES = 256
 
 
 def _parts(tokens: int) -> tuple[int, int]:
@@ -275,7 +275,7 @@ def window_attention(
             f"window_attention: qkv must be float32, bfloat16 or float16; got {qkv.dtype}; cast it"
         )
     columns = qkv.shape[-1] // (3 * heads)
-    fits = columns in HEAD_COLUMNS and columns * qkv.element_size() <= _MAX_HEAD_BYTES
+    fits = columns in HEAD_COLUMNS and columns * qkv.element_size() <= MAX_HEAD_BYTES
     if grid.tokens > MAX_TOKENS or not fits:
         raise ValueError(
             f"window_attention: a window must have at most {MAX_TOKENS} tokens and a head 16, 32,"
