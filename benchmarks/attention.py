@@ -1,7 +1,8 @@
-"""Attention in windows and over few tokens at the sizes of Aurora, beside torch's attention.
+"""Attention in windows and over few tokens at the sizes of Aurora and Swin, beside torch's.
 
 Torch's side of the windows is upstream's: tokens, not yet queries, keys and values, are rolled,
 padded and cut into windows, what attention returns goes back, and the mask is made beforehand.
+timm writes Swin's attention out, with scores in float32 where they meet the bias.
 Eager or compiled, whichever is faster counts as the peer.
 """
 
@@ -15,6 +16,7 @@ from fastft_kernels import short_attention, window_attention
 from fastft_kernels.short_attention import reference as short_reference
 from fastft_kernels.window_attention import reference as window_reference
 from fastft_kernels.window_grid import Grid, tables
+from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
 from benchmarks.timing import time_device, time_host
@@ -24,6 +26,10 @@ WINDOW, SHIFT = (2, 6, 12), (1, 3, 6)
 STAGES = (((4, 180, 360), 8), ((4, 90, 180), 16), ((4, 45, 90), 32))
 # Of a chunk of patches, and of encoder and decoder.
 PATCHES, PERCEIVER_HEADS = 16_200, 16
+# Swin-B's, of images of 224 x 224: side of the grid, heads of 32 columns, shift of every second
+# block (the last stage has one window and no shift).
+IMAGES, SWIN_WINDOW, SWIN_COLUMNS = 256, (1, 7, 7), 32
+SWIN_STAGES = ((56, 4, 3), (28, 8, 3), (14, 16, 3), (7, 32, 0))
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 
 
@@ -33,6 +39,7 @@ class AttentionCase:
 
     Attributes:
         grid: of windows; None: there are none.
+        biased: the second input is a bias, in float32; the first has a batch.
     """
 
     what: dict[str, Any]
@@ -42,9 +49,15 @@ class AttentionCase:
     output: tuple[int, ...]
     rest: tuple[Any, ...]
     grid: Grid | None = None
+    biased: bool = False
+
+    def make_inputs(self) -> list[Tensor]:
+        """Random."""
+        inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in self.inputs]
+        return [inputs[0], inputs[1].float()] if self.biased else inputs
 
 
-def cases() -> Iterator[AttentionCase]:
+def aurora_cases() -> Iterator[AttentionCase]:
     """Each stage of the backbone with and without a shift, then decoder and encoder."""
     for size, heads in STAGES:
         for shift in ((0, 0, 0), SHIFT):
@@ -69,6 +82,55 @@ def cases() -> Iterator[AttentionCase]:
             (PATCHES, queries, width),
             (PERCEIVER_HEADS,),
         )
+
+
+def swin_cases() -> Iterator[AttentionCase]:
+    """Each stage with and without a shift."""
+
+    def biased(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda qkv, bias, *rest: op(qkv, *rest, bias, wraps=False)
+
+    for side, heads, shift in SWIN_STAGES:
+        size, width = (1, side, side), heads * SWIN_COLUMNS
+        tokens = SWIN_WINDOW[1] * SWIN_WINDOW[2]
+        for s in sorted({0, shift}):
+            grid = Grid(size, SWIN_WINDOW, (0, s, s), wraps=False)
+            yield AttentionCase(
+                {"op": "window_attention", "size": size, "heads": heads, "shifted": s > 0}
+                | {"images": IMAGES},
+                biased(window_attention),
+                biased(window_reference),
+                ((IMAGES, *size, 3 * width), (heads, tokens, tokens)),
+                (IMAGES, *size, width),
+                (heads, size, SWIN_WINDOW, grid.shift),
+                grid,
+                biased=True,
+            )
+
+
+def make_timm_windows(grid: Grid, heads: int, mask: Tensor | None) -> Callable[..., Any]:
+    """timm's way to attention in windows and back, under autocast.
+
+    The function takes queries, keys and values in windows, `[B * windows, T, 3 * heads * D]`, the
+    bias and tokens `[B, 1, H, W, N]`; it returns attention `[B, 1, H, W, heads * D]` and the
+    tokens in windows.
+    """
+    _, height, width = grid.size
+    window = grid.window[1:]
+    back = tuple(-s for s in grid.shift[1:])
+
+    def attend(qkv: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x[:, 0].roll(back, (1, 2)) if any(back) else x[:, 0]
+        windows = window_partition(x, window).flatten(1, 2)
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        scores = q * q.shape[-1] ** -0.5 @ k.mT + bias
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
+        y = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        y = window_reverse(y.unflatten(1, window), window, height, width)
+        return (y.roll(grid.shift[1:], (1, 2)) if any(back) else y)[:, None], windows
+
+    return attend
 
 
 def make_windows(grid: Grid, heads: int, mask: Tensor | None) -> Callable[..., Any]:
@@ -104,14 +166,15 @@ def make_peer(
     """Torch's function, its inputs and the gradients of its outputs."""
     if case.grid is None:
         return lambda *x: case.reference(*x, *case.rest), inputs, [dy]
-    (qkv,) = inputs
+    qkv, *bias = inputs
     places, mask = tables(case.grid, 1, qkv)
-    windows = qkv.flatten(1, 3)[0, places]
-    attend = make_windows(case.grid, case.rest[0], mask)
-    found, moved = attend(windows, dy)
+    windows = qkv.flatten(1, 3)[:, places].flatten(0, 1)
+    make = make_timm_windows if case.biased else make_windows
+    attend = make(case.grid, case.rest[0], mask)
+    found, moved = attend(windows, *bias, dy)
     if not torch.allclose(found, case.reference(*inputs, *case.rest), rtol=2e-2, atol=2e-2):
         raise SystemExit(f"{case.what}: torch's side is wrong; not timed")
-    return attend, [windows, torch.randn_like(dy)], [dy, torch.randn_like(moved)]
+    return attend, [windows, *bias, torch.randn_like(dy)], [dy, torch.randn_like(moved)]
 
 
 def outcome(case: AttentionCase, function: Any, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -131,16 +194,16 @@ def check(case: AttentionCase, inputs: list[Tensor], dy: Tensor) -> None:
             raise SystemExit(f"{case.what}: wrong; not timed")
 
 
-def bench_attention(records: Any) -> None:
+def bench_attention(records: Any, cases: Iterator[AttentionCase]) -> None:
     """Forward and backward of every case."""
-    for case in cases():
+    for case in cases:
         torch.manual_seed(0)
-        inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in case.inputs]
+        inputs = case.make_inputs()
         dy = torch.randn(case.output, device=DEVICE, dtype=DTYPE)
         check(case, inputs, dy)
         torch._dynamo.reset()
         # What our op moves at least, whoever computes.
-        read = 2 * sum(x.numel() for x in inputs)
+        read = sum(x.nbytes for x in inputs)
         moved = {"forward": read + 2 * dy.numel(), "backward": 2 * read + 2 * dy.numel()}
         eager, theirs, grads = make_peer(case, inputs, dy)
         compiled = torch.compile(eager, fullgraph=True, dynamic=False)

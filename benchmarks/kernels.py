@@ -1,6 +1,6 @@
-"""Times every op of the catalog, both attentions, Adam and the gradient norm, beside their peers.
+"""Times the catalog's ops, attention, Adam and the gradient norm, beside their peers.
 
-Usage: python -m benchmarks.kernels OUT.jsonl [norms small attention adam gradient]
+Usage: python -m benchmarks.kernels OUT.jsonl [norms small attention swin adam gradient]
     [--ops layer_norm ...] [--columns 8192 ...]
 """
 
@@ -22,7 +22,7 @@ from fastft_kernels import FusedAdam, GradientNorm
 from fastft_kernels.adam_plan import StateLayout
 from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
 
-from benchmarks.attention import bench_attention
+from benchmarks.attention import aurora_cases, bench_attention, swin_cases
 from benchmarks.sweep import BYTES, COLUMNS, ELEMENTS, make_params, model_shapes
 from benchmarks.timing import Timing, copy_bytes_per_us, time_device, time_host, time_replayed
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the kernels beside their peers.")
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "parts", nargs="*", metavar="part", help="norms, small, attention, adam, gradient"
+        "parts", nargs="*", metavar="part", help="norms, small, attention, swin, adam, gradient"
     )
     parser.add_argument("--ops", nargs="*", choices=names, default=names, help="of the norms")
     parser.add_argument("--columns", nargs="*", type=int, default=COLUMNS, help="of the norms")
@@ -233,7 +233,8 @@ def main() -> None:
     chosen = arguments.ops, arguments.columns
     parts: dict[str, Callable[[Records], None]] = {
         "adam": bench_adam,
-        "attention": bench_attention,
+        "attention": lambda records: bench_attention(records, aurora_cases()),
+        "swin": lambda records: bench_attention(records, swin_cases()),
         "gradient": bench_gradient,
         "small": lambda records: bench_norms(records, SMALL_ROWS, *chosen),
         "norms": lambda records: bench_norms(records, None, *chosen),

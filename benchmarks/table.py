@@ -71,6 +71,7 @@ def attention_table(records: list[Record]) -> list[str]:
             size = " x ".join(map(str, r["size"]))
             what = f"`window_attention`, {size}, {r['heads']} heads"
             what += ", shifted" if r["shifted"] else ""
+            what += f", {r['images']} images, 32 columns" if "images" in r else ""
         elif r["op"] == "short_attention":
             what = f"`short_attention`, {r['samples']} samples, {r['queries']} x {r['keys']} tokens"
             # Records of the first day have none: all were of 64.

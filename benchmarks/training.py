@@ -1,13 +1,15 @@
 """Whole training runs within a memory budget, beside PyTorch's own ways, in one process.
 
 Usage: python -m benchmarks.training CASE OUT.jsonl [--budgets 80GB half least] [--peers] [--sweep]
+    [--kernels off]
 
 For each budget: the plan, the peak and time that its model predicts, the time of its rehearsal, the
 peak and time that were measured with the budget enforced, and the loss and gradient norm of the
 same batches, which nothing may change. `half` lies half-way between recomputing and keeping
 everything, `least` a tenth above the least peak. Peers are what a user writes in plain PyTorch; the
 sweep sets the trainer's blocks by hand: full checkpointing, every second and fourth block, and ten
-values of torch's activation_memory_budget.
+values of torch's activation_memory_budget. The trainer's Swin has fastft's attention unless
+`--kernels off` is given; peers have timm's.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from benchmarks.models import (
 )
 from benchmarks.peers import PlainStep
 from benchmarks.timing import time_steps
+from fastft.adapters.timm_fused import use_kernels
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards, Way
 from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
 from fastft.errors import PlanError
@@ -312,18 +315,23 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="these, or all")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--layer-norm", choices=["torch", "fused"], default="torch")
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help="of timm's Swin")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES)
     arguments = parser.parse_args()
     case = CASES[arguments.case]()
     pairs = case.make_batches()
     name = arguments.case + (", fused norms" if arguments.layer_norm == "fused" else "")
+    name += ", timm's attention" if arguments.kernels == "off" else ""
     records = Records(name, case.samples, case.flops, arguments.out)
     for name in PEERS if arguments.peers == [] else arguments.peers or ():
         records.add(name, lambda name=name: measure_plain(case, pairs, **PEERS[name]))
     torch._dynamo.reset()
     settings = {"precision": PRECISION, "compile": case.compile}
     settings["layer_norm"] = arguments.layer_norm
-    step, forwards = trainer_step(case.task(), DEVICE, OPTIM, clip_norm=CLIP, **settings)
+    task = case.task()
+    if arguments.kernels == "auto":
+        use_kernels(task.model)
+    step, forwards = trainer_step(task, DEVICE, OPTIM, clip_norm=CLIP, **settings)
     batches = [classifier_batch(pair) for pair in pairs]
     for name in sweep(forwards, arguments.shares) if arguments.sweep else ():
         records.add(name, lambda: measure_trainer(step, batches))

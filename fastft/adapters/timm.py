@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import timm
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
+from fastft.adapters.timm_fused import use_kernels
 from fastft.config import DataSource
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.portable import write_portable
@@ -66,6 +67,13 @@ class TimmOptions:
     arguments: Annotated[
         dict[str, Any], Field(description="Further arguments of timm.create_model.")
     ] = field(default_factory=dict)
+    kernels: Annotated[
+        Literal["auto", "off"],
+        Field(
+            description="'auto': on a GPU, attention of Swin blocks runs on fastft's kernel, which"
+            " rounds otherwise than timm's; 'off': on timm's operators."
+        ),
+    ] = "auto"
 
 
 class SharedDropPath(nn.Module):
@@ -144,6 +152,8 @@ class TimmAdapter:
             )
         self._check_options()
         model = share_drop_paths(self._create(pretrained)).to(device)
+        wanted = self.options.kernels == "auto" and device.type == "cuda"
+        notes = use_kernels(model) if wanted else []
         self._data_config = self._resolve_data_config(model)
         classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -155,6 +165,7 @@ class TimmAdapter:
             fields=self._fields(),
             layers=_layers(model),
             layer_norms=(LayerNorm,),
+            notes=notes,
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

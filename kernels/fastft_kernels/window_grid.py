@@ -17,11 +17,16 @@ APART = -100.0
 
 @dataclass(frozen=True)
 class Grid:
-    """C, H, W, windows and shift of a grid; no shift along an axis that one window covers."""
+    """C, H, W, windows and shift of a grid; no shift along an axis that one window covers.
+
+    Attributes:
+        wraps: the two ends of the last axis are neighbours.
+    """
 
     size: Triple
     window: Triple
     shift: Triple
+    wraps: bool = True
 
     @property
     def padded(self) -> Triple:
@@ -53,31 +58,54 @@ class Grid:
 
 
 def reference(
-    qkv: Tensor, heads: int, size: Triple, window: Triple, shift: Triple = (0, 0, 0)
+    qkv: Tensor,
+    heads: int,
+    size: Triple,
+    window: Triple,
+    shift: Triple = (0, 0, 0),
+    bias: Tensor | None = None,
+    wraps: bool = True,
 ) -> Tensor:
     """The formula in plain torch, with copies of the windows and the whole mask."""
-    grid = Grid(size, window, shift)
+    grid = Grid(size, window, shift, wraps)
     places, mask = tables(grid, len(qkv), qkv)
     q, k, v = _into_windows(qkv, 3 * heads, places).chunk(3, dim=1)
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=_added(mask, bias, qkv.dtype))
     c, h, w = size
     return _out_of_windows(found, len(qkv), places).unflatten(1, grid.padded)[:, :c, :h, :w]
 
 
 def plain_backward(
-    dy: Tensor, qkv: Tensor, heads: int, size: Triple, window: Triple, shift: Triple = (0, 0, 0)
-) -> Tensor:
-    """dqkv in the dtype of qkv, computed in float32 at least; autograd can differentiate it."""
-    grid = Grid(size, window, shift)
+    dy: Tensor,
+    qkv: Tensor,
+    heads: int,
+    size: Triple,
+    window: Triple,
+    shift: Triple = (0, 0, 0),
+    bias: Tensor | None = None,
+    wraps: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(dqkv, dbias) in the dtypes of qkv and bias, computed in float32 at least; autograd can
+    differentiate them."""
+    grid = Grid(size, window, shift, wraps)
     whole = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     places, mask = tables(grid, len(qkv), whole)
     q, k, v = _into_windows(whole, 3 * heads, places).chunk(3, dim=1)
     dy = _into_windows(grid.pad(dy.to(whole.dtype)), heads, places)
     scale = q.shape[-1] ** -0.5
-    p, ds = score_gradients(dy, q, k, v, scale, mask)
-    ds = ds * scale
-    found = torch.cat([ds @ k, ds.mT @ q, p.mT @ dy], dim=1)
-    return _out_of_windows(found, len(qkv), places).view(qkv.shape).to(qkv.dtype)
+    p, ds = score_gradients(dy, q, k, v, scale, _added(mask, bias, whole.dtype))
+    scaled = ds * scale
+    found = torch.cat([scaled @ k, scaled.mT @ q, p.mT @ dy], dim=1)
+    dqkv = _out_of_windows(found, len(qkv), places).view(qkv.shape).to(qkv.dtype)
+    return dqkv, None if bias is None else ds.sum(0).to(bias.dtype)
+
+
+def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to scores `[B * windows, heads, T, T]`."""
+    if bias is None:
+        return mask
+    bias = bias.to(dtype)
+    return bias[None] if mask is None else mask + bias
 
 
 def _into_windows(x: Tensor, heads: int, places: Tensor) -> Tensor:
@@ -112,8 +140,8 @@ def _indices(grid: Grid) -> tuple[Tensor, Tensor]:
         inside = (rolled >= 0) & (rolled < n)
         behind = torch.where(rolled < 0, n + at, at)
         sources.append(torch.where(inside, (rolled + shift) % n, behind))
-        # The ends of the last axis are neighbours.
-        group = (rolled >= n - width).long() + (rolled >= n - shift) * (axis < 2)
+        apart = axis < 2 or not grid.wraps
+        group = (rolled >= n - width).long() + (rolled >= n - shift) * apart
         groups.append(group * (shift > 0))
         insides.append(inside)
 

@@ -39,6 +39,8 @@ def _locate(
     WH: tl.constexpr,
     WW: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WRAPS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """Of tokens t of a window: row of the input, row of the output, whether it has one, group."""
     C, H, W = size
@@ -57,13 +59,23 @@ def _locate(
     row = ((sample * CP + along_c[1]) * HP + along_h[1]).to(tl.int64) * WP + along_w[1]
     out = ((sample * C + along_c[1]) * H + along_h[1]).to(tl.int64) * W + along_w[1]
     group = tl.zeros_like(t)
-    if SHIFTED:
+    if SHIFTED and PADDED:
         group_c = (along_c[2] >= C - WC).to(tl.int32) + (along_c[2] >= C - SC).to(tl.int32)
         group_h = (along_h[2] >= H - WH).to(tl.int32) + (along_h[2] >= H - SH).to(tl.int32)
-        # The ends of the last axis are neighbours.
         group_w = (along_w[2] >= W - WW).to(tl.int32)
+        if not WRAPS:
+            group_w += (along_w[2] >= W - SW).to(tl.int32)
         group = tl.where(SC > 0, group_c, 0) * 9 + tl.where(SH > 0, group_h, 0) * 3
         group = tl.where(inside, group + tl.where(SW > 0, group_w, 0), 27)
+    elif SHIFTED:
+        # Only a last window has tokens from both ends, and always at the same places, so that
+        # whether a token is there is computed once for all windows.
+        group = (t // (WH * WW) >= WC - SC).to(tl.int32) + ((t // WW) % WH >= WH - SH) * 2
+        last = (c == CP // WC - 1).to(tl.int32) + (h == in_layer - 1) * 2
+        if not WRAPS:
+            group += (t % WW >= WW - SW) * 4
+            last += (w == in_row - 1) * 4
+        group = group & last
     return row, out, inside, group
 
 
@@ -86,8 +98,17 @@ def _scores(a, b, scale, group_a, group_b, is_b, SHIFTED: tl.constexpr, PARTIAL:
 
 
 @triton.jit
+def _bias(BIAS, head, t, key, T: tl.constexpr):
+    """Of a head, times log2(e); zero where there is no token."""
+    there = (t < T)[:, None] & (key < T)[None, :]
+    at = head * T * T + t[:, None] * T + key[None, :]
+    return tl.load(BIAS + at, mask=there, other=0.0).to(tl.float32) * _LOG2E
+
+
+@triton.jit
 def forward(
     QKV,
+    BIAS,
     OUT,
     heads,
     scale,
@@ -105,10 +126,13 @@ def forward(
     WH: tl.constexpr,
     WW: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WRAPS: tl.constexpr,
+    PADDED: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """A window of a head: its keys in a main part and, where T is no power of two, a tail."""
     head = tl.program_id(0) % heads
@@ -117,22 +141,26 @@ def forward(
     width = heads * D
     first = head * D
     t1 = tl.arange(0, MAIN)
-    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
+    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
     k1 = _load(QKV, place1[0], 3 * width, width + first, t1 < T, D)
     v1 = _load(QKV, place1[0], 3 * width, 2 * width + first, t1 < T, D)
     if TAIL:
         t2 = MAIN + tl.arange(0, TAIL)
-        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
         k2 = _load(QKV, place2[0], 3 * width, width + first, t2 < T, D)
         v2 = _load(QKV, place2[0], 3 * width, 2 * width + first, t2 < T, D)
     for start in range(0, T, ROWS):
         t = start + tl.arange(0, ROWS)
-        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
         q = _load(QKV, place[0], 3 * width, first, t < T, D)
         s1 = _scores(q, k1, scale, place[3], place1[3], (t1 < T), SHIFTED, MAIN > T)
+        if HAS_BIAS:
+            s1 += _bias(BIAS, head, t, t1, T)
         most = tl.max(s1, axis=1)
         if TAIL:
             s2 = _scores(q, k2, scale, place[3], place2[3], (t2 < T), SHIFTED, True)
+            if HAS_BIAS:
+                s2 += _bias(BIAS, head, t, t2, T)
             most = tl.maximum(most, tl.max(s2, axis=1))
         p1 = tl.exp2(s1 - most[:, None])
         total = tl.sum(p1, axis=1)
@@ -174,6 +202,8 @@ def queries_backward(
     WH: tl.constexpr,
     WW: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WRAPS: tl.constexpr,
+    PADDED: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -187,17 +217,17 @@ def queries_backward(
     width = heads * D
     first = head * D
     t1 = tl.arange(0, MAIN)
-    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED)
+    place1 = _locate(t1, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
     k1 = _load(QKV, place1[0], 3 * width, width + first, t1 < T, D)
     v1 = _load(QKV, place1[0], 3 * width, 2 * width + first, t1 < T, D)
     if TAIL:
         t2 = MAIN + tl.arange(0, TAIL)
-        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        place2 = _locate(t2, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
         k2 = _load(QKV, place2[0], 3 * width, width + first, t2 < T, D)
         v2 = _load(QKV, place2[0], 3 * width, 2 * width + first, t2 < T, D)
     for start in range(0, T, ROWS):
         t = start + tl.arange(0, ROWS)
-        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
         q = _load(QKV, place[0], 3 * width, first, t < T, D)
         dy = _load(DY, place[1], width, first, (t < T) & place[2], D)
         s1 = _scores(q, k1, scale, place[3], place1[3], (t1 < T), SHIFTED, MAIN > T)
@@ -247,6 +277,8 @@ def keys_backward(
     WH: tl.constexpr,
     WW: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WRAPS: tl.constexpr,
+    PADDED: tl.constexpr,
     D: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -258,14 +290,14 @@ def keys_backward(
     width = heads * D
     first = head * D
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    place = _locate(key, window, size, padded, shift, WC, WH, WW, SHIFTED)
+    place = _locate(key, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
     k = _load(QKV, place[0], 3 * width, width + first, key < T, D)
     v = _load(QKV, place[0], 3 * width, 2 * width + first, key < T, D)
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     for start in range(0, T, ROWS):
         t = start + tl.arange(0, ROWS)
-        of = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED)
+        of = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
         q = _load(QKV, of[0], 3 * width, first, t < T, D)
         dy = _load(DY, of[1], width, first, (t < T) & of[2], D)
         at = STATISTICS + (tl.program_id(0).to(tl.int64) * T + t) * 2
@@ -278,3 +310,70 @@ def keys_backward(
         dk += _dot((p * (dp - delta[None, :]) * scale).to(q.dtype), q)
     _store(DQKV, place[0], 3 * width, width + first, dk, key < T, D)
     _store(DQKV, place[0], 3 * width, 2 * width + first, dv, key < T, D)
+
+
+@triton.jit
+def small_backward(
+    DY,
+    QKV,
+    BIAS,
+    DQKV,
+    DBIAS,
+    windows,
+    heads,
+    scale,
+    C,
+    H,
+    W,
+    CP,
+    HP,
+    WP,
+    SC,
+    SH,
+    SW,
+    T: tl.constexpr,
+    WC: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WRAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """dq, dk and dv of every so many windows of a head, each whole, and their part of dbias."""
+    head = tl.program_id(0)
+    size, padded, shift = (C, H, W), (CP, HP, WP), (SC, SH, SW)
+    width = heads * D
+    first = head * D
+    t = tl.arange(0, BLOCK)
+    dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias = _bias(BIAS, head, t, t, T)
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        place = _locate(t, window, size, padded, shift, WC, WH, WW, SHIFTED, WRAPS, PADDED)
+        q = _load(QKV, place[0], 3 * width, first, t < T, D)
+        k = _load(QKV, place[0], 3 * width, width + first, t < T, D)
+        v = _load(QKV, place[0], 3 * width, 2 * width + first, t < T, D)
+        dy = _load(DY, place[1], width, first, (t < T) & place[2], D)
+        s = _scores(q, k, scale, place[3], place[3], (t < T), SHIFTED, BLOCK > T)
+        if HAS_BIAS:
+            s += bias
+        p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+        p = p / tl.sum(p, axis=1)[:, None]
+        dv = _dot(tl.trans(p.to(q.dtype)), dy)
+        _store(DQKV, place[0], 3 * width, 2 * width + first, dv, t < T, D)
+        dp = _dot(dy, tl.trans(v))
+        ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
+        if HAS_BIAS:
+            dbias += ds
+        ds = (ds * scale).to(q.dtype)
+        dq = _dot(ds, k)
+        _store(DQKV, place[0], 3 * width, first, dq, t < T, D)
+        dk = _dot(tl.trans(ds), q)
+        _store(DQKV, place[0], 3 * width, width + first, dk, t < T, D)
+    if HAS_BIAS:
+        row = (tl.program_id(1).to(tl.int64) * heads + head) * T + t
+        at = row[:, None] * T + t[None, :]
+        tl.store(DBIAS + at, dbias, mask=(t < T)[:, None] & (t < T)[None, :])

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY_BYTES = 232448
-INTEGERS = ("rows", "length", "programs", "tensors", "seed", "samples", "heads")
+INTEGERS = ("rows", "length", "programs", "tensors", "seed", "samples", "heads", "windows")
 INTEGERS += ("C", "H", "W", "CP", "HP", "WP", "SC", "SH", "SW")
 FLOATS = ("eps", "decay", "z_limit", "warmup", "scale")
 WEIGHTED = ("forward", "backward", "double_backward")
@@ -66,15 +66,24 @@ def main() -> None:
     compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
     compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
     compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
-    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "SHIFTED": True, "D": 64}
+    longitudes = {"SHIFTED": True, "WRAPS": True, "PADDED": True}
+    window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "D": 64, **longitudes}
     # Also the most that a window may have.
-    widest = {"T": 256, "WC": 4, "WH": 8, "WW": 8, "SHIFTED": False, "D": 128}
-    for part in ("forward", "queries_backward"):
+    widest = {"T": 256, "WC": 4, "WH": 8, "WW": 8, "D": 128, **longitudes}
+    for part, bias in (("forward", {"HAS_BIAS": False}), ("queries_backward", {})):
         parts = {"MAIN": 128, "TAIL": 16, "ROWS": 64}
-        compile_kernel("window_kernels", part, stages=1, **window, **parts)
+        compile_kernel("window_kernels", part, stages=1, **window, **parts, **bias)
     parts = {"MAIN": 256, "TAIL": 0, "ROWS": 64}
     compile_kernel("window_kernels", "queries_backward", stages=1, **widest, **parts)
     compile_kernel("window_kernels", "keys_backward", **window, KEYS=64, ROWS=16)
+    images = {"SHIFTED": True, "WRAPS": False, "PADDED": False}
+    swin = {"T": 49, "WC": 1, "WH": 7, "WW": 7, "D": 32, **images}
+    parts = {"MAIN": 64, "TAIL": 0, "ROWS": 64, "HAS_BIAS": True}
+    compile_kernel("window_kernels", "forward", stages=1, **swin, **parts)
+    largest = {"T": 64, "WC": 4, "WH": 4, "WW": 4, "D": 128, **longitudes}
+    for small, has_bias in ((swin, True), (largest, True), (largest, False)):
+        parts = {"BLOCK": 64, "HAS_BIAS": has_bias}
+        compile_kernel("window_kernels", "small_backward", stages=2, **small, **parts)
     short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16, "SHARED": True}
     for part in ("_forward_kernel", "_backward_kernel"):
         compile_kernel("short_attention", part, 1, **short)

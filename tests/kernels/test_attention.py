@@ -9,6 +9,7 @@ import torch
 from fastft_kernels import short_attention, window_attention
 from fastft_kernels.device import interpret_on_cpu
 from fastft_kernels.short_attention import reference as short_reference
+from fastft_kernels.window_attention import SMALL_TOKENS
 from fastft_kernels.window_attention import reference as window_reference
 from fastft_kernels.window_grid import Grid
 from torch import Tensor
@@ -22,26 +23,57 @@ HEADS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its reference, and the shapes of its tensors; the rest of its arguments follow."""
+    """An op, its reference, and the shapes of its tensors; the rest of its arguments follow.
+
+    Attributes:
+        last: behind a second tensor, if any, of an op that takes only the first before the rest.
+        products: that its backward computes.
+    """
 
     op: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     shapes: tuple[tuple[int, ...], ...]
     rest: tuple[Any, ...]
+    last: tuple[Any, ...] = ()
+    products: int = 5
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         return [torch.randn(shape, device=device).to(dtype) for shape in self.shapes]
 
+    def arguments(self, inputs: list[Tensor]) -> tuple[Any, ...]:
+        before = 1 if self.last else len(inputs)
+        return (*inputs[:before], *self.rest, *inputs[before:], *self.last)
+
+    def gradient(self, inputs: list[Tensor]) -> Tensor:
+        """Random, of the output."""
+        return torch.randn_like(self.reference(*self.arguments(inputs)))
+
     def run(self, op: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
         """Output and gradients."""
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        y = op(*leaves, *self.rest)
+        y = op(*self.arguments(leaves))
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def _window(size: Any, window: Any, shift: Any, batch: int = 1, heads: int = HEADS) -> Case:
-    shape = (batch, *Grid(size, window, shift).padded, 3 * heads * 16)
-    return Case(window_attention, window_reference, (shape,), (heads, size, window, shift))
+def _window(
+    size: Any,
+    window: Any,
+    shift: Any,
+    batch: int = 1,
+    heads: int = HEADS,
+    bias: bool = False,
+    wraps: bool = True,
+) -> Case:
+    grid = Grid(size, window, shift)
+    tensors = ((batch, *grid.padded, 3 * heads * 16), (heads, grid.tokens, grid.tokens))
+    return Case(
+        window_attention,
+        window_reference,
+        tensors if bias else tensors[:1],
+        (heads, size, window, shift),
+        (wraps,) if bias else (None, wraps),
+        5 if grid.tokens <= SMALL_TOKENS else 7,
+    )
 
 
 def _short(queries: int, keys: int, samples: int, shared: bool) -> Case:
@@ -59,6 +91,17 @@ CASES = {
     # 36 tokens are a main part and a tail.
     "tail": _window((6, 3, 7), (3, 3, 4), (1, 0, 2), heads=1),
     "Aurora's": _window((2, 6, 13), (2, 6, 12), (0, 0, 6), heads=1),
+    # Of more tokens than one program has whole.
+    "shifted, large": _window((2, 9, 12), (2, 9, 4), (0, 0, 2), heads=1),
+    "a power of two, large": _window((4, 8, 4), (4, 8, 4), (0, 0, 0), heads=1),
+    "ends apart": _window((2, 4, 8), (1, 2, 4), (0, 1, 2), wraps=False),
+    "ends apart, padded": _window((2, 3, 5), (2, 2, 4), (0, 1, 2), wraps=False),
+    "bias": _window((1, 4, 6), (1, 2, 3), (0, 0, 0), batch=2, bias=True, wraps=False),
+    "bias, shifted": _window((1, 6, 6), (1, 3, 3), (0, 1, 1), bias=True, wraps=False),
+    "bias, padded": _window((2, 3, 5), (2, 2, 4), (0, 1, 2), heads=1, bias=True),
+    "bias, tail": _window((6, 3, 7), (3, 3, 4), (1, 0, 2), heads=1, bias=True),
+    "Swin's": _window((1, 14, 14), (1, 7, 7), (0, 3, 3), heads=1, bias=True, wraps=False),
+    "no samples, bias": _window((1, 2, 2), (1, 2, 2), (0, 0, 0), batch=0, bias=True),
     "no samples": _window((2, 4, 4), (2, 2, 4), (0, 0, 0), batch=0),
     "decoder": _short(13, 3, 7, shared=True),
     "encoder": _short(3, 13, 7, shared=True),
@@ -69,11 +112,14 @@ CASES = {
 # What the interpreter is slow at: few programs, for all that does not depend on sizes.
 SMALL = {
     "windows": _window((1, 2, 3), (1, 2, 2), (0, 0, 1), heads=1),
+    "bias": _window((1, 2, 4), (1, 2, 2), (0, 0, 1), heads=1, bias=True, wraps=False),
     "shared queries": _short(3, 2, 2, shared=True),
     "own queries": _short(2, 3, 2, shared=False),
 }
+COUNTED = {**SMALL, "large": CASES["shifted, large"]}
 by_small = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-SOME = {name: CASES[name] for name in ("two axes", "tail", "decoder", "own queries")}
+SOME = ("two axes", "tail", "shifted, large", "bias, shifted", "Swin's", "decoder", "own queries")
+SOME = {name: CASES[name] for name in SOME}
 # Both kinds of 16 bits take the same path.
 TESTED = {torch.float32: CASES, torch.bfloat16: CASES, torch.float16: SOME}
 PAIRS = {f"{name}, {dtype}": (each, dtype) for dtype in EPS for name, each in TESTED[dtype].items()}
@@ -84,7 +130,7 @@ def test_error_is_at_most_twice_the_eager_one(case: Case, dtype, device):
     if dtype is torch.bfloat16 and device.type == "cpu":
         pytest.skip("the interpreter multiplies the bits of bfloat16")
     inputs = case.inputs(dtype, device)
-    dy = torch.randn_like(case.reference(*inputs, *case.rest))
+    dy = case.gradient(inputs)
     truths = case.run(case.reference, [x.double() for x in inputs], dy.double())
     eager, fused = (case.run(op, inputs, dy) for op in (case.reference, case.op))
     for got, plain, truth in zip(fused, eager, truths, strict=True):
@@ -95,11 +141,27 @@ def test_error_is_at_most_twice_the_eager_one(case: Case, dtype, device):
         assert (got.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + rounding
 
 
-@pytest.mark.parametrize("name", ["two axes", "decoder", "own queries"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bias_keeps_float32_beside_16_bits(frozen: bool, device):
+    case = CASES["bias, shifted"]
+    qkv, bias = case.inputs(torch.float16, device)
+    # What float16 has not: a tenth beside a thousand.
+    bias = (1000 + 0.1 * bias.float()).requires_grad_(not frozen)
+    same, dy = torch.zeros_like(qkv).requires_grad_(), case.gradient([qkv, bias.half()])
+    y = case.op(*case.arguments([qkv, bias]))
+    truth = case.reference(*case.arguments([qkv.double(), bias.double()]))
+    eager = case.reference(*case.arguments([qkv, bias.half()]))
+    assert (y - truth).norm() < 0.1 * (eager - truth).norm()
+    leaves = [same] if frozen else [same, bias]
+    grads = torch.autograd.grad(case.op(*case.arguments([same, bias])), leaves, dy)
+    assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
+
+
+@pytest.mark.parametrize("name", ["two axes", "bias, shifted", "decoder", "own queries"])
 def test_same_bits_twice(name: str, device):
     case = CASES[name]
     inputs = case.inputs(torch.float16, device)
-    dy = torch.randn_like(case.reference(*inputs, *case.rest))
+    dy = case.gradient(inputs)
     first, second = (case.run(case.op, inputs, dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -107,7 +169,7 @@ def test_same_bits_twice(name: str, device):
 @by_small
 def test_one_graph_with_gradients(case: Case, device):
     inputs = case.inputs(torch.float32, device)
-    dy = torch.randn_like(case.reference(*inputs, *case.rest))
+    dy = case.gradient(inputs)
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
     pairs = zip(case.run(compiled, inputs, dy), case.run(case.op, inputs, dy), strict=True)
     for got, want in pairs:
@@ -122,7 +184,7 @@ def test_second_derivatives(case: Case, device):
     for op, dtype in ((case.op, torch.float32), (case.reference, torch.float64)):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         with sdpa_kernel(SDPBackend.MATH):
-            total = op(*leaves, *case.rest).sin().sum()
+            total = op(*case.arguments(leaves)).sin().sum()
         grads = torch.autograd.grad(total, leaves, create_graph=True)
         loss = torch.stack([g.square().sum() for g in grads]).sum()
         found.append(torch.autograd.grad(loss, leaves))
@@ -133,10 +195,10 @@ def test_second_derivatives(case: Case, device):
 @by_small
 def test_views(case: Case, device):
     inputs = case.inputs(torch.float32, device)
-    dy = torch.randn_like(case.reference(*inputs, *case.rest))
+    dy = case.gradient(inputs)
     spread = [torch.stack([x, -x], -1)[..., 0] for x in inputs]
     leaves = [x.requires_grad_() for x in spread]
-    y = case.op(*leaves, *case.rest)
+    y = case.op(*case.arguments(leaves))
     grads = torch.autograd.grad(y, leaves, dy.transpose(0, -1).contiguous().transpose(0, -1))
     for got, want in zip([y, *grads], case.run(case.op, inputs, dy), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -146,13 +208,16 @@ def test_views(case: Case, device):
 def test_opcheck(case: Case, device):
     name = "window" if case.op is window_attention else "short"
     inputs = [x.requires_grad_() for x in case.inputs(torch.float32, device)]
-    rest = [list(each) if isinstance(each, tuple) else each for each in case.rest]
+
+    def arguments(inputs: list[Tensor]) -> list[Any]:
+        return [list(x) if isinstance(x, tuple) else x for x in case.arguments(inputs)]
+
     forward = getattr(torch.ops.fastft, f"{name}_attention_forward").default
-    torch.library.opcheck(forward, (*inputs, *rest))
+    torch.library.opcheck(forward, tuple(arguments(inputs)))
     with torch.no_grad():
-        dy = torch.randn_like(forward(*inputs, *rest))
+        dy = torch.randn_like(forward(*arguments(inputs)))
     backward = getattr(torch.ops.fastft, f"{name}_attention_backward").default
-    torch.library.opcheck(backward, (dy, *(x.detach() for x in inputs), *rest))
+    torch.library.opcheck(backward, (dy, *arguments([x.detach() for x in inputs])))
 
 
 @by_small
@@ -165,28 +230,28 @@ def test_selective_checkpointing_sees_the_op(case: Case, device):
             return func(*args, **(kwargs or {}))
 
     with Names():
-        case.op(*case.inputs(torch.float32, device), *case.rest)
+        case.op(*case.arguments(case.inputs(torch.float32, device)))
     assert any(name.startswith("fastft::") for name in seen)
 
 
-@by_small
+@pytest.mark.parametrize("case", COUNTED.values(), ids=COUNTED)
 def test_operations_are_counted(case: Case, device, kernels_for_real):
     """As of torch's attention: a planner must not think ours free to compute again."""
     interpret_on_cpu(False)
     inputs = case.inputs(torch.float32, device)
-    dy = torch.randn_like(case.reference(*inputs, *case.rest))
+    dy = case.gradient(inputs)
     counts = []
     for op in (case.op, case.reference):
         leaves = [x.detach().requires_grad_() for x in inputs]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            y = op(*leaves, *case.rest)
+            y = op(*case.arguments(leaves))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y, leaves, dy)
         counts.append((counter.get_total_flops(), backward.get_total_flops()))
     ours, theirs = counts
     assert ours[0] == theirs[0]
     # They keep the probabilities, and compute four products.
-    assert ours[1] * 4 == theirs[1] * (7 if case.op is window_attention else 5)
+    assert ours[1] * 4 == theirs[1] * case.products
 
 
 WRONG = {
@@ -199,6 +264,21 @@ WRONG = {
     "got 144 and 128": (window_attention, [(1, 2, 6, 12, 384)], (1, (2, 6, 12), (2, 6, 12))),
     "at most 256": (window_attention, [(1, 8, 8, 8, 96)], (2, (8, 8, 8), (8, 8, 8), (0, 0, 0))),
     "got torch.int64": (window_attention, [(1, 2, 3, 4, 96)], (2, (2, 3, 4), (2, 3, 4))),
+    "with a bias a window": (
+        window_attention,
+        [(1, 2, 8, 8, 96), (2, 128, 128)],
+        (2, (2, 8, 8), (2, 8, 8), (0, 0, 0)),
+    ),
+    r"the bias must be \[2, 4, 4\]": (
+        window_attention,
+        [(1, 1, 2, 2, 96), (1, 4, 4)],
+        (2, (1, 2, 2), (1, 2, 2), (0, 0, 0)),
+    ),
+    "reshape or cast it": (
+        window_attention,
+        [(1, 1, 2, 2, 96), (2, 4, 4)],
+        (2, (1, 2, 2), (1, 2, 2), (0, 0, 0)),
+    ),
     "reshape them": (short_attention, [(2, 3, 32), (4, 3, 64)], (2,)),
     "use torch's attention": (short_attention, [(1, 3, 32), (4, 65, 64)], (2,)),
     "cast them": (short_attention, [(1, 3, 32), (4, 3, 64)], (2,)),
@@ -209,7 +289,8 @@ WRONG = {
 def test_wrong_inputs_are_named(part: str, device):
     op, shapes, rest = WRONG[part]
     inputs = [torch.zeros(shape, device=device) for shape in shapes]
-    if part in ("got torch.int64", "cast them"):
+    if part in ("got torch.int64", "cast them", "reshape or cast it"):
         inputs[-1] = inputs[-1].long()
+    before = 1 if op is window_attention else 2
     with pytest.raises(ValueError, match=part):
-        op(*inputs, *rest)
+        op(*inputs[:before], *rest, *inputs[before:])
