@@ -141,6 +141,27 @@ def test_error_is_at_most_twice_the_eager_one(case: Case, dtype, device):
         assert (got.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + rounding
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_programs_go_over_many_windows(shift: int, columns: int, dtype, device):
+    if columns == 128 and dtype is torch.float32:
+        pytest.skip("not taken")
+    heads, rest = 4, (4, (1, 28, 28), (1, 7, 7), (0, shift, shift))
+    shapes = ((20, 1, 28, 28, 3 * heads * columns), (heads, 49, 49))
+    case = Case(window_attention, window_reference, shapes, rest, (False,))
+    inputs = case.inputs(dtype, device)
+    inputs[1] = inputs[1].float()
+    dy = case.gradient(inputs)
+    truths = case.run(case.reference, [x.double() for x in inputs], dy.double())
+    eager, fused, again = (case.run(op, inputs, dy) for op in (case.reference, case.op, case.op))
+    for got, plain, truth, same in zip(fused, eager, truths, again, strict=True):
+        rounding = 8 * EPS[dtype] * float(truth.norm())
+        assert (got.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + rounding
+        assert torch.equal(got, same)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bias_keeps_float32_beside_16_bits(frozen: bool, device):
     case = CASES["bias, shifted"]
