@@ -92,7 +92,7 @@ CASES = {
     "tail": _window((6, 3, 7), (3, 3, 4), (1, 0, 2), heads=1),
     "Aurora's": _window((2, 6, 13), (2, 6, 12), (0, 0, 6), heads=1),
     # Of more tokens than one program has whole.
-    "shifted, large": _window((2, 9, 12), (2, 9, 4), (0, 0, 2), heads=1),
+    "shifted, large": _window((2, 18, 4), (2, 9, 4), (0, 4, 0), heads=1),
     "a power of two, large": _window((4, 8, 4), (4, 8, 4), (0, 0, 0), heads=1),
     "ends apart": _window((2, 4, 8), (1, 2, 4), (0, 1, 2), wraps=False),
     "ends apart, padded": _window((2, 3, 5), (2, 2, 4), (0, 1, 2), wraps=False),
