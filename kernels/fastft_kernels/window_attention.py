@@ -101,7 +101,9 @@ def _launch_forward(qkv: Tensor, bias: Tensor | None, heads: int, grid: Grid, y:
     programs = (len(qkv) * grid.windows * heads, 1)
     options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "HAS_BIAS": bias is not None}
     tensors = (qkv, qkv if bias is None else bias, y)
-    _launch(forward, programs, tensors, qkv, heads, grid, **options, num_warps=4, num_stages=1)
+    # As in the backward of small windows.
+    warps = 8 if qkv.dtype is torch.float32 and grid.tokens <= SMALL_TOKENS else 4
+    _launch(forward, programs, tensors, qkv, heads, grid, **options, num_warps=warps, num_stages=1)
 
 
 def _launch_small_backward(
@@ -115,7 +117,10 @@ def _launch_small_backward(
         partial = bias.new_empty((programs, *bias.shape), dtype=torch.float32)
     tensors = (dy, qkv, qkv if bias is None else bias, dqkv, qkv if partial is None else partial)
     block = max(16, next_power_of_2(grid.tokens))
-    options = {"BLOCK": block, "HAS_BIAS": bias is not None, "num_warps": 4, "num_stages": 2}
+    options = {"BLOCK": block, "HAS_BIAS": bias is not None}
+    # Products of float32 hold their operands in registers, which fewer warps have too few of.
+    whole = qkv.dtype is torch.float32
+    options |= {"num_warps": 16, "num_stages": 1} if whole else {"num_warps": 4, "num_stages": 2}
     tensors = (*tensors, windows)
     _launch(small_backward, (heads, programs), tensors, qkv, heads, grid, **options)
     return None if partial is None else partial.sum(0)

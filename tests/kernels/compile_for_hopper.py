@@ -84,6 +84,8 @@ def main() -> None:
     for small, has_bias in ((swin, True), (largest, True), (largest, False)):
         parts = {"BLOCK": 64, "HAS_BIAS": has_bias}
         compile_kernel("window_kernels", "small_backward", stages=2, **small, **parts)
+    parts = {"BLOCK": 64, "HAS_BIAS": True}
+    compile_kernel("window_kernels", "small_backward", 16, "*fp32", 1, **swin, **parts)
     short = {"LQ": 13, "LK": 3, "D": 64, "BLOCK_Q": 16, "BLOCK_K": 16, "SHARED": True}
     for part in ("_forward_kernel", "_backward_kernel"):
         compile_kernel("short_attention", part, 1, **short)
