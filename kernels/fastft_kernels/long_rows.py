@@ -20,18 +20,6 @@ def _combine(mean_a, squares_a, count_a, mean_b, squares_b, count_b):
 
 
 @triton.jit
-def _chunk(X, RESIDUAL, S, column, inside, EVICTION: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Part of what is to be normalised, as it is stored."""
-    x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=EVICTION)  # pyright: ignore
-    x = x.to(tl.float32)
-    if HAS_RESIDUAL:
-        at = RESIDUAL + column
-        added = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION)  # pyright: ignore
-        x = (x + added.to(tl.float32)).to(S.dtype.element_ty).to(tl.float32)
-    return x
-
-
-@triton.jit
 def forward_in_passes(
     X,
     RESIDUAL,
@@ -55,25 +43,41 @@ def forward_in_passes(
     row = tl.program_id(0).to(tl.int64)
     X += row * x_stride
     RESIDUAL += row * residual_stride
+    # What is read twice stays in the cache: the row, or its sum with the residual.
+    READ_X: tl.constexpr = "evict_first" if HAS_RESIDUAL else "evict_last"
+    if HAS_RESIDUAL:
+        S += row * N
+        SUM = S
+    else:
+        SUM = X
     mean = tl.zeros([CHUNK], tl.float32)
     squares = tl.zeros([CHUNK], tl.float32)
     count = tl.zeros([CHUNK], tl.float32)
     for start in range(0, N, CHUNK):
         column = start + tl.arange(0, CHUNK)
         inside = column < N
-        x = _chunk(X, RESIDUAL, S, column, inside, "evict_last", HAS_RESIDUAL)
+        x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=READ_X).to(tl.float32)
         if HAS_RESIDUAL:
-            tl.store(S + row * N + column, x.to(S.dtype.element_ty), mask=inside)
+            at = RESIDUAL + column
+            added = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+            # Normalise what is stored, so that backward sees the same numbers.
+            s = (x + added.to(tl.float32)).to(S.dtype.element_ty)
+            tl.store(S + column, s, mask=inside)
+            x = s.to(tl.float32)
         count += tl.where(inside, 1.0, 0.0)
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)
         squares += tl.where(inside, delta * (x - mean), 0.0)
     mean, squares, count = tl.reduce((mean, squares, count), 0, _combine)
     rstd = 1.0 / tl.sqrt(squares / N + eps)
+    if HAS_RESIDUAL:
+        # Other threads of the program stored what this one reads.
+        tl.debug_barrier()
     for start in range(0, N, CHUNK):
         column = start + tl.arange(0, CHUNK)
         inside = column < N
-        y = (_chunk(X, RESIDUAL, S, column, inside, "evict_first", HAS_RESIDUAL) - mean) * rstd
+        x = tl.load(SUM + column, mask=inside, other=0.0, eviction_policy="evict_first")
+        y = (x.to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
             weight = tl.load(WEIGHT + column, mask=inside, other=0.0, eviction_policy="evict_last")
             y *= weight.to(tl.float32)

@@ -117,10 +117,12 @@ def _launch_small_backward(
         partial = bias.new_empty((programs, *bias.shape), dtype=torch.float32)
     tensors = (dy, qkv, qkv if bias is None else bias, dqkv, qkv if partial is None else partial)
     block = max(16, next_power_of_2(grid.tokens))
-    options = {"BLOCK": block, "HAS_BIAS": bias is not None}
     # Products of float32 hold their operands in registers, which fewer warps have too few of.
-    whole = qkv.dtype is torch.float32
-    options |= {"num_warps": 16, "num_stages": 1} if whole else {"num_warps": 4, "num_stages": 2}
+    warps, stages = (16, 1) if qkv.dtype is torch.float32 else (4, 3)
+    # So much is loaded ahead that two programs' shared memory fits a multiprocessor.
+    stages = min(stages, 2) if qkv.shape[-1] // 3 // heads > 64 else stages
+    options = {"BLOCK": block, "HAS_BIAS": bias is not None}
+    options |= {"num_warps": warps, "num_stages": stages}
     tensors = (*tensors, windows)
     _launch(small_backward, (heads, programs), tensors, qkv, heads, grid, **options)
     return None if partial is None else partial.sum(0)

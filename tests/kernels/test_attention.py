@@ -132,7 +132,9 @@ def test_error_is_at_most_twice_the_eager_one(case: Case, dtype, device):
     inputs = case.inputs(dtype, device)
     dy = case.gradient(inputs)
     truths = case.run(case.reference, [x.double() for x in inputs], dy.double())
-    eager, fused = (case.run(op, inputs, dy) for op in (case.reference, case.op))
+    # On a GPU torch's attention does not take none at all in 16 bits.
+    eager = case.run(case.reference, inputs, dy) if dy.numel() else truths
+    fused = case.run(case.op, inputs, dy)
     for got, plain, truth in zip(fused, eager, truths, strict=True):
         assert got.shape == truth.shape
         assert got.dtype == dtype
