@@ -44,7 +44,7 @@ def norm_tables(records: list[Record]) -> list[str]:
     found = {
         (r["op"], r["direction"], r["provider"], r["rows"] == 4096, r["columns"]): r
         for r in records
-        if "columns" in r
+        if "rows" in r
     }
     columns = sorted({key[4] for key in found})
     lines = []

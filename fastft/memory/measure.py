@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,12 @@ from fastft.task import Batch, Block, Task
 
 @dataclass
 class Rest:
-    """Bytes of a step that are not its blocks', as in `StepCosts`, and its measured peak."""
+    """Bytes of a step that are not its blocks', as in `StepCosts`, and its measured peak.
+
+    Attributes:
+        behind: block name -> what is allocated between its end and the next block's begin, in a
+            forward pass; less than 0 where its output goes.
+    """
 
     fixed: int = 0
     before: int = 0
@@ -36,6 +41,7 @@ class Rest:
     other_gradients: int = 0
     peak: int = 0
     seconds: float = 0.0
+    behind: dict[str, int] = field(default_factory=dict)
 
 
 def rehearse(step: TrainingStep, batches: Sequence[Batch]) -> None:
@@ -122,12 +128,28 @@ def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
 
 
 class _Marks:
-    """Hooks before the first block and behind the last that split a step's memory."""
+    """Hooks before and behind the blocks that split a step's memory."""
 
     def __init__(self, step: TrainingStep, meter: Meter) -> None:
         self.rest, self._meter = Rest(fixed=meter.allocated()), meter
         self._outside = _outside(step)
         self._at: dict[str, int] = {}
+        # The block that ended last, and what was allocated then.
+        self._ended: tuple[str, int] | None = None
+
+    def before(self, module: nn.Module, arguments: Any) -> None:
+        # Of a micro-batch's forward pass, all calls.
+        if self._ended is not None and "tail" not in self._at:
+            name, then = self._ended
+            known = self.rest.behind.get(name, 0)
+            self.rest.behind[name] = known + self._meter.allocated() - then
+        self._ended = None
+
+    def behind(self, name: str) -> Callable[..., None]:
+        def after(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._ended = name, self._meter.allocated()
+
+        return after
 
     def before_first(self, module: nn.Module, arguments: Any) -> None:
         if "first" in self._at:
@@ -176,6 +198,9 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
         blocks[0].module.register_forward_pre_hook(marks.before_first),
         blocks[-1].module.register_forward_hook(marks.after_last),
     ]
+    for block in blocks:
+        handles.append(block.module.register_forward_pre_hook(marks.before))
+        handles.append(block.module.register_forward_hook(marks.behind(block.name)))
     try:
         rehearse(step, batches)
     finally:
@@ -203,7 +228,7 @@ def assemble_costs(
         BlockCosts(
             block.name,
             tuple(
-                dataclasses.replace(choice, seconds=micro_batches * choice.seconds)
+                _in_step(choice, rest.behind.get(block.name, 0), micro_batches)
                 for choice in measured[block.name].values()
             ),
             0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
@@ -225,6 +250,16 @@ def assemble_costs(
     )
     missed = rest.peak - peak_bytes(costs, [len(block.choices) - 1 for block in blocks])
     return dataclasses.replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
+
+
+def _in_step(choice: Choice, behind: int, micro_batches: int) -> Choice:
+    """With what is kept behind the block until its backward begins, which is gone by then."""
+    return dataclasses.replace(
+        choice,
+        kept_bytes=max(0, choice.kept_bytes + behind),
+        backward_bytes=max(0, choice.backward_bytes - max(0, behind)),
+        seconds=micro_batches * choice.seconds,
+    )
 
 
 def _signature(module: nn.Module, call: Call) -> str:

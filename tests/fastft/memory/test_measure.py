@@ -13,6 +13,7 @@ from counted_blocks import (
     SIZE,
     WIDTH,
     HandMeter,
+    Layer,
     Setup,
     build,
     make_batch,
@@ -55,6 +56,7 @@ def test_what_is_there_besides_the_blocks() -> None:
         other_gradients=LINEAR,
         peak=2040,
         seconds=0.25,
+        behind={"1": 0},
     )
 
 
@@ -62,8 +64,29 @@ def test_a_frozen_stem_keeps_nothing_and_has_no_backward() -> None:
     one = build("0")
     rest = measure_rest(one.step, [make_batch()], one.meter)
     assert rest == Rest(
-        fixed=1000, tail=920, tail_gradients=LINEAR, other_gradients=0, peak=1940, seconds=0.25
+        fixed=1000,
+        tail=920,
+        tail_gradients=LINEAR,
+        other_gradients=0,
+        peak=1940,
+        seconds=0.25,
+        behind={"1": 0},
     )
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_is_kept_between_blocks_is_behind_the_first(batches: int) -> None:
+    one = build()
+    between = Layer(one.meter, kept=60, forward=70, backward=80, gradients=0)
+    stem, first, second, head = one.model.children()
+    step = step_over(nn.Sequential(stem, first, between, second, head), "1", "3")
+    rest = measure_rest(step, [make_batch(i) for i in range(batches)], one.meter)
+    assert rest.behind == {"1": 60}
+    measured = {name: {"": Choice("", 10, 300, 500, 0.1)} for name in "13"}
+    first, second = assemble_costs(step, rest, measured, batches).blocks
+    assert (first.choices[0].kept_bytes, second.choices[0].kept_bytes) == (70, 10)
+    # Gone when the first block's backward begins.
+    assert (first.choices[0].backward_bytes, second.choices[0].backward_bytes) == (440, 500)
 
 
 def test_over_a_roll_out_the_tail_comes_after_the_last_call() -> None:
@@ -77,6 +100,8 @@ def test_over_a_roll_out_the_tail_comes_after_the_last_call() -> None:
     # As with one call, whose head keeps 20; all that is on top of the 140 of the first call.
     assert (rest.before, rest.tail) == (100, 920)
     assert rest.peak == 1000 + 140 + 140 + 900
+    # Head and stem, between the two calls.
+    assert rest.behind == {"1": 0, "2": 120}
 
 
 def test_peaks_of_every_part_are_seen() -> None:
