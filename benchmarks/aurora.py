@@ -59,6 +59,10 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16": ({"autocast": "all", "residual": "autocast"}, {"precision": "bf16"}),
     "bf16, fp32 residual": ({"autocast": "all"}, {"precision": "bf16"}),
     "fp16": ({"autocast": "all", "residual": "autocast"}, {"precision": "fp16"}),
+    "fp16, bf16 backbone": (
+        {"autocast": "all", "residual": "autocast", "backbone": "bf16"},
+        {"precision": "fp16"},
+    ),
 }
 
 

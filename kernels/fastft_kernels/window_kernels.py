@@ -9,6 +9,8 @@ from fastft_kernels.window_grid import APART
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _APART = tl.constexpr(APART)
+# Gradients of scores are often too small for float16; products take them this much larger.
+_LIFT = tl.constexpr(16.0)
 
 
 @triton.jit
@@ -245,10 +247,12 @@ def queries_backward(
             dp2 = _dot(dy, tl.trans(v2))
             delta += tl.sum(p2 * dp2, axis=1)
         delta = delta / total
-        factor = (scale / total)[:, None]
-        dq = _dot((p1 * (dp1 - delta[:, None]) * factor).to(q.dtype), k1)
+        # What is the same for a row is taken after the product: exponentials, not probabilities,
+        # keep its operand above what float16 can hold.
+        dq = _dot((p1 * (dp1 - delta[:, None])).to(q.dtype), k1)
         if TAIL:
-            dq += _dot((p2 * (dp2 - delta[:, None]) * factor).to(q.dtype), k2)
+            dq += _dot((p2 * (dp2 - delta[:, None])).to(q.dtype), k2)
+        dq *= (scale / total)[:, None]
         _store(DQKV, place[0], 3 * width, first, dq, t < T, D)
         at = STATISTICS + (tl.program_id(0).to(tl.int64) * T + t) * 2
         tl.store(at, most + tl.log2(total), mask=t < T)
@@ -307,8 +311,8 @@ def keys_backward(
         p = tl.exp2(s - level[None, :])
         dv += _dot(p.to(q.dtype), dy)
         dp = _dot(v, tl.trans(dy))
-        dk += _dot((p * (dp - delta[None, :]) * scale).to(q.dtype), q)
-    _store(DQKV, place[0], 3 * width, width + first, dk, key < T, D)
+        dk += _dot((p * (dp - delta[None, :]) * _LIFT).to(q.dtype), q)
+    _store(DQKV, place[0], 3 * width, width + first, dk * (scale / _LIFT), key < T, D)
     _store(DQKV, place[0], 3 * width, 2 * width + first, dv, key < T, D)
 
 
@@ -368,10 +372,10 @@ def small_backward(
         ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
         if HAS_BIAS:
             dbias += ds
-        ds = (ds * scale).to(q.dtype)
-        dq = _dot(ds, k)
+        ds = (ds * _LIFT).to(q.dtype)
+        dq = _dot(ds, k) * (scale / _LIFT)
         _store(DQKV, place[0], 3 * width, first, dq, t < T, D)
-        dk = _dot(tl.trans(ds), q)
+        dk = _dot(tl.trans(ds), q) * (scale / _LIFT)
         _store(DQKV, place[0], 3 * width, width + first, dk, t < T, D)
     if HAS_BIAS:
         row = (tl.program_id(1).to(tl.int64) * heads + head) * T + t

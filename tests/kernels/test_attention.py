@@ -143,6 +143,19 @@ def test_error_is_at_most_twice_the_eager_one(case: Case, dtype, device):
         assert (got.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + rounding
 
 
+@pytest.mark.parametrize("case", ["Aurora's", "Swin's"])
+def test_small_gradients_are_lost_in_float16_where_they_are_stored_alone(case: str, device):
+    """Not before, where a product takes a probability times the gradient of a score."""
+    found = CASES[case]
+    inputs = [0.3 * x for x in found.inputs(torch.float16, device)]
+    dy = 1e-3 * found.gradient(inputs)
+    truth = found.run(found.reference, [x.double() for x in inputs], dy.double())[1]
+    dqkv = found.run(found.op, inputs, dy)[1].double()
+    stored = truth.half().double()
+    for got, best, want in zip(*(x.chunk(3, -1) for x in (dqkv, stored, truth)), strict=True):
+        assert (got - want).norm() <= 1.6 * (best - want).norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("columns", [32, 64, 128])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastft.adapters.aurora.batch import collate
-from fastft.adapters.aurora.blocks import blocks
+from fastft.adapters.aurora.blocks import blocks, keep_backbone_in_bf16
 from fastft.adapters.aurora.build import (
     argument,
     build_model,
@@ -118,6 +118,8 @@ class AuroraAdapter:
         changed, added = extend(model, options.layer_norms, options.hook)
         wanted = options.kernels == "auto" and device.type == "cuda"
         notes = use_kernels(model, options.residual) if wanted else []
+        if options.backbone == "bf16":
+            keep_backbone_in_bf16(model)
         changed.to(device)
         self._added, self._place = added, (place := place_of(changed))
         return Task(

@@ -93,6 +93,37 @@ def _cast_anew(module: nn.Module) -> None:
     module.forward = MethodType(run, module)
 
 
+def keep_backbone_in_bf16(model: aurora.Aurora) -> None:
+    """Runs the backbone in bfloat16, whatever autocast is around it, where there is one.
+
+    Each of its blocks by itself too: they are compiled with autocast inside, and measured alone.
+    To be called when the blocks have their last forwards.
+    """
+    for block in blocks(model):
+        if block.name.startswith("backbone."):
+            _autocast_to_bf16(block.module)
+    _autocast_to_bf16(model.backbone)
+
+
+def _autocast_to_bf16(module: nn.Module) -> None:
+    forward = cast(Any, module.forward).__func__
+
+    def run(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        kind = next(self.parameters()).device.type
+        if not torch.is_autocast_enabled(kind):
+            return forward(self, *arguments, **keywords)
+        # Both kinds of 16 bits in one sum would be widened.
+        whole = [_cast(a, torch.float32) if _is_fp16(a) else a for a in arguments]
+        with torch.autocast(kind, torch.bfloat16):
+            return forward(self, *whole, **keywords)
+
+    module.forward = MethodType(run, module)
+
+
+def _is_fp16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.float16
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     floats = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if floats else value

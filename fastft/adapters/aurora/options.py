@@ -134,6 +134,13 @@ class AuroraOptions:
             " or encoder and decoder too. step.precision = 'fp32' turns it off."
         ),
     ] = "backbone"
+    backbone: Annotated[
+        Literal["step", "bf16"],
+        Field(
+            description="Under step.precision = 'fp16': 'bf16' runs the backbone in that, as"
+            " upstream does; attention's small gradients need its range."
+        ),
+    ] = "step"
     chunk_patches: Annotated[
         int,
         Field(

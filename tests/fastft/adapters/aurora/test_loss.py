@@ -170,35 +170,63 @@ def test_pushforward_trains_the_last_step_alone(
     assert not torch.allclose(gradients[False], gradients[True], rtol=1e-2)
 
 
-def test_precision_follows_the_trainer(make_adapter: Any, build: Any, make_samples: Any) -> None:
-    """Encoder and decoder stay in float32 unless `autocast = "all"`; the weights always do."""
+WHOLE, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+PRECISIONS: dict[str, tuple[dict[str, str], torch.dtype, tuple[torch.dtype, ...]]] = {
+    "upstream's": ({"autocast": "backbone"}, BF16, (WHOLE, BF16, WHOLE)),
+    "all": ({"autocast": "all"}, BF16, (BF16, BF16, BF16)),
+    "all in fp16": ({"autocast": "all"}, FP16, (FP16, FP16, FP16)),
+    "both": ({"autocast": "all", "backbone": "bf16"}, FP16, (FP16, BF16, FP16)),
+    "no autocast": ({"autocast": "all", "backbone": "bf16"}, WHOLE, (WHOLE, WHOLE, WHOLE)),
+}
+
+
+@pytest.mark.parametrize("case", PRECISIONS)
+def test_precision_follows_the_trainer(
+    case: str, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    """The weights stay in float32."""
+    options, dtype, expected = PRECISIONS[case]
+    adapter = make_adapter(**options)
+    task = build(adapter)
     seen: dict[str, set[torch.dtype]] = {}
-    for autocast in ("backbone", "all"):
-        adapter = make_adapter(autocast=autocast)
-        task = build(adapter)
-        for name, module in task.model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                dtypes = seen.setdefault(f"{autocast} {name.partition('.')[0]}", set())
+    for name, module in task.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            dtypes = seen.setdefault(name.partition(".")[0], set())
 
-                def note(_: Any, inputs: Any, output: Any, dtypes: Any = dtypes) -> None:
-                    dtypes.add(output.dtype)
+            def note(_: Any, inputs: Any, output: Any, dtypes: Any = dtypes) -> None:
+                dtypes.add(output.dtype)
 
-                module.register_forward_hook(note)
-        batch = Batch(adapter.collate(make_samples(adapter)), 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = task.loss(task.model, batch)
-        assert loss.total.dtype == torch.float32
-        loss.total.backward()
-        assert all(p.grad.isfinite().all() for p in task.model.parameters())
-    half, whole = {torch.bfloat16}, {torch.float32}
-    assert seen == {
-        "backbone encoder": whole,
-        "backbone backbone": half,
-        "backbone decoder": whole,
-        "all encoder": half,
-        "all backbone": half,
-        "all decoder": half,
-    }
+            module.register_forward_hook(note)
+    batch = Batch(adapter.collate(make_samples(adapter)), 2)
+    with torch.autocast("cpu", dtype if dtype is not WHOLE else None, enabled=dtype is not WHOLE):
+        loss = task.loss(task.model, batch)
+    assert loss.total.dtype == torch.float32
+    loss.total.backward()
+    assert all(p.grad.isfinite().all() for p in task.model.parameters())
+    parts = ("encoder", "backbone", "decoder")
+    assert seen == {part: {found} for part, found in zip(parts, expected, strict=True)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_of_a_bf16_backbone_alone(
+    compiled: bool, make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    """As they are measured and recomputed: autocast around them is to fp16."""
+    adapter = make_adapter(autocast="all", backbone="bf16")
+    task = build(adapter)
+    block = next(b.module for b in task.blocks if b.layer)
+    calls: list[Any] = []
+    hold = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        task.loss(task.model, Batch(adapter.collate(make_samples(adapter)), 2))
+    hold.remove()
+    found: list[torch.dtype] = []
+    block.attn.proj.register_forward_hook(lambda _, inputs, output: found.append(output.dtype))
+    if compiled:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", FP16):
+        block(*calls[0][0], **calls[0][1])
+    assert found == [BF16]
 
 
 def test_bad_samples(make_adapter: Any, make_samples: Any) -> None:
