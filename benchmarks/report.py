@@ -112,7 +112,9 @@ def plot(records: list[Record]) -> None:
             short = r["runner"].removeprefix(start).removesuffix(" block").replace("one block", "1")
             place, side = ((-7, 4), "right") if start == "fastft, " else ((7, -9), "left")
             axis.annotate(short, point, xytext=place, textcoords="offset points", size=8, ha=side)
-        axis.set(xlabel="measured peak, GiB", ylabel="samples per second", title=case)
+        card = next(device(r) for r in records if r["case"] == case)
+        title = f"{case}, {card}"
+        axis.set(xlabel="measured peak, GiB", ylabel="samples per second", title=title)
         axis.margins(x=0.2, y=0.1)
         axis.grid(alpha=0.3)
     handles = {
