@@ -43,27 +43,24 @@ def forward_in_passes(
     row = tl.program_id(0).to(tl.int64)
     X += row * x_stride
     RESIDUAL += row * residual_stride
-    # What is read twice stays in the cache: the row, or its sum with the residual.
-    READ_X: tl.constexpr = "evict_first" if HAS_RESIDUAL else "evict_last"
-    if HAS_RESIDUAL:
-        S += row * N
-        SUM = S
-    else:
-        SUM = X
+    S += row * N
     mean = tl.zeros([CHUNK], tl.float32)
     squares = tl.zeros([CHUNK], tl.float32)
     count = tl.zeros([CHUNK], tl.float32)
     for start in range(0, N, CHUNK):
         column = start + tl.arange(0, CHUNK)
         inside = column < N
-        x = tl.load(X + column, mask=inside, other=0.0, eviction_policy=READ_X).to(tl.float32)
+        # What is read twice stays in the cache: the row, or its sum with the residual.
         if HAS_RESIDUAL:
+            x = tl.load(X + column, mask=inside, other=0.0, eviction_policy="evict_first")
             at = RESIDUAL + column
             added = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
             # Normalise what is stored, so that backward sees the same numbers.
-            s = (x + added.to(tl.float32)).to(S.dtype.element_ty)
+            s = (x.to(tl.float32) + added.to(tl.float32)).to(S.dtype.element_ty)
             tl.store(S + column, s, mask=inside)
-            x = s.to(tl.float32)
+        else:
+            s = tl.load(X + column, mask=inside, other=0.0, eviction_policy="evict_last")
+        x = s.to(tl.float32)
         count += tl.where(inside, 1.0, 0.0)
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)
@@ -76,8 +73,9 @@ def forward_in_passes(
     for start in range(0, N, CHUNK):
         column = start + tl.arange(0, CHUNK)
         inside = column < N
-        x = tl.load(SUM + column, mask=inside, other=0.0, eviction_policy="evict_first")
-        y = (x.to(tl.float32) - mean) * rstd
+        at = (S if HAS_RESIDUAL else X) + column
+        s = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+        y = (s.to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
             weight = tl.load(WEIGHT + column, mask=inside, other=0.0, eviction_policy="evict_last")
             y *= weight.to(tl.float32)

@@ -116,15 +116,15 @@ def _launch_small_backward(
     if bias is not None:
         partial = bias.new_empty((programs, *bias.shape), dtype=torch.float32)
     tensors = (dy, qkv, qkv if bias is None else bias, dqkv, qkv if partial is None else partial)
-    block = max(16, next_power_of_2(grid.tokens))
-    # Products of float32 hold their operands in registers, which fewer warps have too few of.
-    warps, stages = (16, 1) if qkv.dtype is torch.float32 else (4, 3)
-    # So much is loaded ahead that two programs' shared memory fits a multiprocessor.
-    stages = min(stages, 2) if qkv.shape[-1] // 3 // heads > 64 else stages
-    options = {"BLOCK": block, "HAS_BIAS": bias is not None}
-    options |= {"num_warps": warps, "num_stages": stages}
-    tensors = (*tensors, windows)
-    _launch(small_backward, (heads, programs), tensors, qkv, heads, grid, **options)
+    options = {"BLOCK": max(16, next_power_of_2(grid.tokens)), "HAS_BIAS": bias is not None}
+    if qkv.dtype is torch.float32:
+        # Products hold their operands in registers, which fewer warps have too few of.
+        options |= {"num_warps": 16, "num_stages": 1}
+    else:
+        # As much ahead as the shared memory of two programs per multiprocessor holds.
+        wide = qkv.shape[-1] // 3 // heads > 64
+        options |= {"num_warps": 4, "num_stages": 2 if wide else 3}
+    _launch(small_backward, (heads, programs), (*tensors, windows), qkv, heads, grid, **options)
     return None if partial is None else partial.sum(0)
 
 
