@@ -25,6 +25,19 @@ _REPEATS = 3
 _CHAIN = 3
 
 
+class _End(torch.autograd.Function):
+    """Behind a block's outputs: what makes the gradients that arrive at them, and holds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.like = [(y.shape, y.dtype, y.device) for y in outputs]
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.full(n, 1e-3, dtype=t, device=d) for n, t, d in ctx.like)
+
+
 @dataclass(frozen=True)
 class Call:
     """What a block was called with: tensors detached, with their `requires_grad`.
@@ -70,8 +83,15 @@ class Trial:
         return self._call.fresh()
 
     def run_backward(self, outputs: list[Tensor]) -> None:
-        """Makes the parameters' gradients."""
-        torch.autograd.backward(outputs, [torch.full_like(y, 1e-3) for y in outputs])
+        """Makes the parameters' gradients; takes the outputs out of the list.
+
+        In a step they are gone by then, but for what the block itself keeps, and nobody else holds
+        the gradients that arrive.
+        """
+        if outputs:
+            end = _End.apply(*outputs)
+            outputs.clear()
+            end.backward()
 
     def run(self) -> None:
         """Forward and backward; of a chain where the way offloads."""
