@@ -29,8 +29,8 @@ class Rest:
     """Bytes of a step that are not its blocks', as in `StepCosts`, and its measured peak.
 
     Attributes:
-        behind: block name -> what is allocated between its end and the next block's begin, in a
-            forward pass; less than 0 where its output goes.
+        behind: block name -> for each of its calls in a forward pass that have a backward, what is
+            allocated between its end and the next block's begin; less than 0 where its output goes.
     """
 
     fixed: int = 0
@@ -41,7 +41,7 @@ class Rest:
     other_gradients: int = 0
     peak: int = 0
     seconds: float = 0.0
-    behind: dict[str, int] = field(default_factory=dict)
+    behind: dict[str, list[int]] = field(default_factory=dict)
 
 
 def rehearse(step: TrainingStep, batches: Sequence[Batch]) -> None:
@@ -138,16 +138,17 @@ class _Marks:
         self._ended: tuple[str, int] | None = None
 
     def before(self, module: nn.Module, arguments: Any) -> None:
-        # Of a micro-batch's forward pass, all calls.
-        if self._ended is not None and "tail" not in self._at:
+        if self._ended is not None:
             name, then = self._ended
-            known = self.rest.behind.get(name, 0)
-            self.rest.behind[name] = known + self._meter.allocated() - then
+            self.rest.behind[name][-1] = self._meter.allocated() - then
         self._ended = None
 
     def behind(self, name: str) -> Callable[..., None]:
         def after(module: nn.Module, arguments: Any, output: Any) -> None:
-            self._ended = name, self._meter.allocated()
+            # Not of a later micro-batch, nor again in a backward pass.
+            if "tail" not in self._at and torch.is_grad_enabled():
+                self.rest.behind.setdefault(name, []).append(0)
+                self._ended = name, self._meter.allocated()
 
         return after
 
@@ -171,6 +172,7 @@ class _Marks:
     def before_blocks(self, gradient: Tensor) -> None:
         if "tail" in self._at:
             return
+        self._ended = None
         self._at["tail"] = self._meter.peak()
         self.rest.tail = self._at["tail"] - self._at["last"]
         self.rest.tail_gradients = sum(p.grad.nbytes for p in self._outside if p.grad is not None)
@@ -228,7 +230,7 @@ def assemble_costs(
         BlockCosts(
             block.name,
             tuple(
-                _in_step(choice, rest.behind.get(block.name, 0), micro_batches)
+                _in_step(choice, rest.behind.get(block.name, [0]), micro_batches)
                 for choice in measured[block.name].values()
             ),
             0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
@@ -252,12 +254,12 @@ def assemble_costs(
     return dataclasses.replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
 
 
-def _in_step(choice: Choice, behind: int, micro_batches: int) -> Choice:
-    """With what is kept behind the block until its backward begins, which is gone by then."""
+def _in_step(choice: Choice, behind: Sequence[int], micro_batches: int) -> Choice:
+    """With what is behind the block until its backward; that of the last call is gone by then."""
     return dataclasses.replace(
         choice,
-        kept_bytes=max(0, choice.kept_bytes + behind),
-        backward_bytes=max(0, choice.backward_bytes - max(0, behind)),
+        kept_bytes=max(0, choice.kept_bytes + sum(behind)),
+        backward_bytes=max(0, choice.backward_bytes - max(0, behind[-1])),
         seconds=micro_batches * choice.seconds,
     )
 

@@ -56,7 +56,7 @@ def test_what_is_there_besides_the_blocks() -> None:
         other_gradients=LINEAR,
         peak=2040,
         seconds=0.25,
-        behind={"1": 0},
+        behind={"1": [0], "2": [0]},
     )
 
 
@@ -70,7 +70,7 @@ def test_a_frozen_stem_keeps_nothing_and_has_no_backward() -> None:
         other_gradients=0,
         peak=1940,
         seconds=0.25,
-        behind={"1": 0},
+        behind={"1": [0], "2": [0]},
     )
 
 
@@ -81,7 +81,7 @@ def test_what_is_kept_between_blocks_is_behind_the_first(batches: int) -> None:
     stem, first, second, head = one.model.children()
     step = step_over(nn.Sequential(stem, first, between, second, head), "1", "3")
     rest = measure_rest(step, [make_batch(i) for i in range(batches)], one.meter)
-    assert rest.behind == {"1": 60}
+    assert rest.behind == {"1": [60], "3": [0]}
     measured = {name: {"": Choice("", 10, 300, 500, 0.1)} for name in "13"}
     first, second = assemble_costs(step, rest, measured, batches).blocks
     assert (first.choices[0].kept_bytes, second.choices[0].kept_bytes) == (70, 10)
@@ -101,7 +101,25 @@ def test_over_a_roll_out_the_tail_comes_after_the_last_call() -> None:
     assert (rest.before, rest.tail) == (100, 920)
     assert rest.peak == 1000 + 140 + 140 + 900
     # Head and stem, between the two calls.
-    assert rest.behind == {"1": 0, "2": 120}
+    assert rest.behind == {"1": [0, 0], "2": [120, 0]}
+    measured = {name: {"": Choice("", 10, 300, 500, 0.1)} for name in "12"}
+    _, second = assemble_costs(one.step, rest, measured, 1).blocks
+    # They are still there when the backward of the second begins.
+    assert (second.choices[0].kept_bytes, second.choices[0].backward_bytes) == (130, 500)
+
+
+def test_what_is_called_without_gradients_has_nothing_behind() -> None:
+    one = build()
+
+    def pushed(model: nn.Module, batch: Batch) -> Loss:
+        with torch.no_grad():
+            first = model(batch["inputs"])
+        return Loss(model(first).square().mean())
+
+    one.step.task = dataclasses.replace(one.step.task, loss=pushed)
+    rest = measure_rest(one.step, [make_batch()], one.meter)
+    # Not the stem of the second pass, which stays until the backward of all blocks has run.
+    assert rest.behind == {"1": [0], "2": [0]}
 
 
 def test_peaks_of_every_part_are_seen() -> None:
