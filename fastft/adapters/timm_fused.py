@@ -33,8 +33,9 @@ def use_kernels(model: nn.Module) -> list[str]:
             continue
         obstacle = _obstacle(module)
         if obstacle is None:
-            # Bound, so that a deep copy of the module computes with the copy's weights.
-            module._attn = MethodType(_attend, module)
+            # Bound, so that a deep copy of the module computes with the copy's weights. A pickle
+            # names it, and is loaded with timm's.
+            module._attn = MethodType(_attn, module)
         else:
             left[f"Swin blocks run on timm's operators, because {obstacle}"] += 1
     return [f"{count} {reason}" for reason, count in left.items()]
@@ -82,12 +83,14 @@ def _fits(block: SwinTransformerBlock, size: Pair) -> bool:
     return all(n % window == 0 and (shift == 0 or shift < window < n) for n, window, shift in along)
 
 
-def _attend(self: SwinTransformerBlock, x: Tensor) -> Tensor:
+def _attn(self: SwinTransformerBlock, x: Tensor) -> Tensor:
     """`[B, H, W, C]` of a grid that is not rolled; other sizes and precisions are timm's."""
     attention, dtype = self.attn, output_dtype(x)
     height, width = x.shape[1:3]
-    wide = _columns(attention) * dtype.itemsize > MAX_HEAD_BYTES
-    if wide or dtype not in FLOAT_DTYPES or not _fits(self, (height, width)):
+    # Windows may have grown since: timm's `set_input_size` does that.
+    large = attention.window_area > SMALL_TOKENS
+    large |= _columns(attention) * dtype.itemsize > MAX_HEAD_BYTES
+    if large or dtype not in FLOAT_DTYPES or not _fits(self, (height, width)):
         return SwinTransformerBlock._attn(self, x)
     y = window_attention(
         attention.qkv(x)[:, None],

@@ -1,6 +1,7 @@
 """Swin blocks of timm on fastft's kernel: timm's formulas, masks and names."""
 
 import copy
+import io
 from typing import Any, cast
 
 import pytest
@@ -163,6 +164,25 @@ def test_a_copy_computes_with_its_own_weights() -> None:
         for parameter in block.parameters():
             parameter.zero_()
     found = outcome(copied, (1, 14, 14, 32))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_pickle_is_loaded_with_timms() -> None:
+    block, file = fused(make_block()), io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with Operators() as seen:
+        found = outcome(loaded, (1, 14, 14, 32))
+    assert FORWARD not in seen.names
+    assert max(distance(found, outcome(block, (1, 14, 14, 32))).values()) < 1e-5
+
+
+def test_windows_that_grow_later_are_timms() -> None:
+    theirs, ours = make_block(), fused(make_block())
+    for block in (theirs, ours):
+        block.set_input_size((24, 24), (12, 12))
+    found, expected = (outcome(block, (1, 24, 24, 32)) for block in (ours, theirs))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
