@@ -56,7 +56,7 @@ def _numbers(count: int) -> list[int]:
     return list(range(count))
 
 
-def are_at(tensors: Sequence[Tensor | None], known: list[int]) -> bool:
+def are_at(tensors: list[Tensor | None], known: list[int]) -> bool:
     """Whether `addresses` of the tensors are the known ones."""
     if len(tensors) != len(known):
         return False

@@ -13,8 +13,10 @@ tokens; output `[B, C, H, W, heads * D]`. A grid of two axes has C and its windo
 tokens in a window, with a bias 64, of at most 256 bytes for a head: D is a power of two from 16 to
 128, in float32 to 64.
 Numerics: products in the dtype of qkv with sums in float32, the bias and softmax in float32;
-exponentials, probabilities and their gradients are rounded to the dtype of qkv before products. The
-bias's gradient adds float32 in a fixed order.
+exponentials, probabilities and their gradients are rounded to the dtype of qkv before products.
+Those gradients are taken 16 times as large, so that in float16 they overflow beyond 4094, to
+infinities and NaN, for which a loss scaler skips the step. The bias's gradient adds float32 in a
+fixed order.
 Memory: qkv and the output move once. Backward of at most 64 tokens moves qkv, dy and dqkv once; a
 fixed number of programs each leave their sum of the bias's gradient, 4 bytes per head and pair of
 tokens. Of more tokens backward reads keys and values twice, queries and dy once and again for every
