@@ -5,8 +5,8 @@ Usage: python -m benchmarks.aurora_parity OUT.jsonl [--size full small tiny] [--
 
 All start from the same random weights, the modulation of the Swin blocks among them, and see the
 same random fields. A tensor's error is the norm of the difference over the norm of the float32
-gradient. Losses are those of whole steps with AdamW at 1e-4. `--beside` takes upstream's losses
-from an earlier run's records, and runs upstream in float32 alone.
+gradient. Losses are those of whole steps with AdamW at 1e-4. `--beside` takes upstream's errors
+and losses from an earlier run's records, and runs upstream in float32 alone.
 """
 
 import argparse
@@ -93,10 +93,16 @@ def quantiles(errors: dict[str, float]) -> dict[str, float]:
     return {f"p{share:.0%}": float(values.quantile(share)) for share in SHARES}
 
 
-def recorded(path: Path) -> dict[str, Any]:
+def recorded(path: Path, steps: int) -> dict[str, Any]:
     """Upstream's errors and losses in bf16 from records."""
     rows = map(json.loads, path.read_text().splitlines())
-    return next(row for row in rows if row["runner"] == UPSTREAM)
+    found = next((row for row in rows if row["runner"] == UPSTREAM), {})
+    if "errors" not in found or len(found["losses"]) != steps:
+        raise SystemExit(
+            f"{path}: --beside needs a row '{UPSTREAM}' with the errors of all tensors and {steps}"
+            " losses; give another, or --steps as it has, or leave --beside out"
+        )
+    return found
 
 
 def main() -> None:
@@ -108,13 +114,13 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=["bf16"])
     parser.add_argument("--beside", type=Path)
     arguments = parser.parse_args()
+    theirs = recorded(arguments.beside, arguments.steps) if arguments.beside else {}
     batches = make_batches(make_adapter(arguments.size), arguments.size, DEVICE)
     gradients, step, parameters = upstream(arguments.size, autocast=False)
     gradients(batches[0])
     truth = take_gradients(parameters)
     del gradients, step, parameters
     table = Table("run", "median", "90 %", "most", "beyond 1.25 x", "loss, first", "last", "apart")
-    theirs = recorded(arguments.beside) if arguments.beside else {}
     for mode in (*(() if theirs else (None,)), *arguments.modes):
         name = f"fastft, {mode}" if mode else UPSTREAM
         gc.collect()

@@ -75,9 +75,8 @@ def parity_tables(records: list[Record]) -> list[str]:
         [
             r["runner"],
             *(f"{100 * r[share]:.2f} %" for share in ("p50%", "p90%", "p100%")),
-            f"{r['losses'][0]:.4f}",
-            f"{r['losses'][-1]:.4f}",
-            f"{r['apart']:.1e}",
+            *([f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}"] if r["losses"] else "--"),
+            f"{r['apart']:.1e}" if r["losses"] else "-",
         ]
         for r in records
     ]
