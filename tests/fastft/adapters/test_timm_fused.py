@@ -186,6 +186,20 @@ def test_windows_that_grow_later_are_timms() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_low_rank_updates_of_what_it_calls_are_taken() -> None:
+    peft = pytest.importorskip("peft")
+    blocks = make_block(), fused(make_block())
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False)
+    for block in blocks:
+        torch.manual_seed(2)
+        peft.inject_adapter_in_model(config, block)
+        block.requires_grad_(True)
+    with Operators() as seen:
+        ours = outcome(blocks[1], (1, 14, 14, 32))
+    assert FORWARD in seen.names
+    assert max(distance(ours, outcome(blocks[0], (1, 14, 14, 32))).values()) < 1e-5
+
+
 def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return 2 * output
 
