@@ -101,6 +101,7 @@ def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
     """
     calls: dict[str, Call] = {}
     kept: dict[str, Call] = {}
+    kind = step.precision.device.type
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, arguments: Any, keywords: Any) -> None:
@@ -112,7 +113,8 @@ def capture_calls(step: TrainingStep, batch: Batch) -> dict[str, Call]:
                 not _differentiable((known.arguments, known.keywords))
                 and _differentiable((arguments, keywords))
             ):
-                call = Call(*tree_map(detached, (arguments, keywords)))
+                around = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+                call = Call(*tree_map(detached, (arguments, keywords)), autocast=around)
                 known = kept.setdefault(_signature(module, call), call)
             calls[name] = dataclasses.replace(known, times=times)
 
@@ -275,7 +277,7 @@ def _signature(module: nn.Module, call: Call) -> str:
     # What is inside may differ where the parameters do not: a mask, an activation.
     inside = [type(m).__qualname__ for m in module.modules()]
     buffers = [(n, tuple(b.shape), b.dtype) for n, b in module.named_buffers()]
-    return repr((inside, buffers, parameters, inputs))
+    return repr((inside, buffers, parameters, inputs, call.autocast))
 
 
 def _on_gradient(values: Any, hook: Callable[[Tensor], None]) -> None:

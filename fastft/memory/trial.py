@@ -44,11 +44,13 @@ class Call:
 
     Attributes:
         times: calls per micro-batch.
+        autocast: whether it was on around the call, and to what; None: as in the step.
     """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     times: int = 1
+    autocast: tuple[bool, torch.dtype] | None = None
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same inputs in a new graph; no leaves, which a block may not change in place."""
@@ -72,10 +74,17 @@ class Trial:
     def run_forward(self, inputs: tuple[Any, Any] | None = None) -> list[Tensor]:
         """Differentiable outputs, of fresh inputs where none are given."""
         arguments, keywords = self.fresh() if inputs is None else inputs
-        # Entered for each call, as in a step: it caches the weights that it casts.
-        with self._precision.autocast():
+        # Entered for each call, as in a step: it caches the weights that it casts. A model may
+        # change it around its blocks, and under another a compiled block is compiled again.
+        with self._autocast():
             output = self._forward(*arguments, **keywords)
         return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._call.autocast is None:
+            return self._precision.autocast()
+        enabled, dtype = self._call.autocast
+        return torch.autocast(self._precision.device.type, dtype, enabled)
 
     def fresh(self) -> tuple[Any, Any]:
         """Inputs of a new graph; gradients as a step begins with."""

@@ -80,3 +80,11 @@ def test_nothing_is_negative() -> None:
     costs = assemble_costs(build().step, rest, MEASURED, 1)
     assert costs.fixed_bytes == 0
     assert costs.other_seconds == 0
+
+
+def test_what_is_behind_all_calls_but_the_last_is_there_when_the_backward_begins() -> None:
+    rest = dataclasses.replace(REST, behind={"1": [50, 20], "2": [0, 0]})
+    first, second = assemble_costs(build().step, rest, MEASURED, 1).blocks
+    assert [choice.kept_bytes for choice in first.choices] == [60 + 70, 10 + 70]
+    assert [choice.backward_bytes for choice in first.choices] == [30 - 20, 95 - 20]
+    assert second.choices == tuple(MEASURED["2"].values())

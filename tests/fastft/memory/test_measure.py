@@ -102,24 +102,6 @@ def test_over_a_roll_out_the_tail_comes_after_the_last_call() -> None:
     assert rest.peak == 1000 + 140 + 140 + 900
     # Head and stem, between the two calls.
     assert rest.behind == {"1": [0, 0], "2": [120, 0]}
-    measured = {name: {"": Choice("", 10, 300, 500, 0.1)} for name in "12"}
-    _, second = assemble_costs(one.step, rest, measured, 1).blocks
-    # They are still there when the backward of the second begins.
-    assert (second.choices[0].kept_bytes, second.choices[0].backward_bytes) == (130, 500)
-
-
-def test_what_is_called_without_gradients_has_nothing_behind() -> None:
-    one = build()
-
-    def pushed(model: nn.Module, batch: Batch) -> Loss:
-        with torch.no_grad():
-            first = model(batch["inputs"])
-        return Loss(model(first).square().mean())
-
-    one.step.task = dataclasses.replace(one.step.task, loss=pushed)
-    rest = measure_rest(one.step, [make_batch()], one.meter)
-    # Not the stem of the second pass, which stays until the backward of all blocks has run.
-    assert rest.behind == {"1": [0], "2": [0]}
 
 
 def test_peaks_of_every_part_are_seen() -> None:

@@ -1,14 +1,17 @@
 """Planning where a loss contains derivatives, or a block works in place or is called often."""
 
+import dataclasses
+
 import pytest
 import torch
+from counted_blocks import build, make_batch
 from torch import Tensor, nn
 
 from fastft.blocks import KEEP, RECOMPUTE, BlockForwards
 from fastft.config import GradientsConfig, OptimConfig
 from fastft.errors import PlanError
 from fastft.memory import plan
-from fastft.memory.measure import capture_calls, differentiates_twice
+from fastft.memory.measure import capture_calls, differentiates_twice, measure_rest
 from fastft.memory.menu import Menu
 from fastft.optim import Optimizer, make_groups
 from fastft.precision import make_precision
@@ -136,3 +139,17 @@ def test_a_block_costs_as_often_as_it_is_called() -> None:
     assert (once.kept_bytes, once.seconds) == (10, 1.0)
     assert (often.kept_bytes, often.seconds) == (30, 3.0)
     assert often.forward_bytes == 20 + once.forward_bytes
+
+
+def test_what_is_called_without_gradients_has_nothing_behind() -> None:
+    one = build()
+
+    def pushed(model: nn.Module, batch: Batch) -> Loss:
+        with torch.no_grad():
+            first = model(batch["inputs"])
+        return Loss(model(first).square().mean())
+
+    one.step.task = dataclasses.replace(one.step.task, loss=pushed)
+    rest = measure_rest(one.step, [make_batch()], one.meter)
+    # Not the stem of the second pass, which stays until the backward of all blocks has run.
+    assert rest.behind == {"1": [0], "2": [0]}
