@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastft_kernels.device import pretend_gpu
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -213,7 +214,7 @@ def _estimate(config: RunConfig) -> Measured:
     meter = FakeMeter(speed)
     pretended = _as_on_gpu(config)
     with open_run(pretended.run, write=False) as run:
-        with Unfilled():
+        with Unfilled(), pretend_gpu():
             task, adapter = assemble(pretended, run.device, quiet, pretrained=False)
         _require_blocks(task)
         with open_loader(adapter, config.data, seed=run.seed, device=run.device) as loader:

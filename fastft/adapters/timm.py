@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import numpy as np
 import timm
 import torch
+from fastft_kernels.device import by_default
 from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -152,7 +153,7 @@ class TimmAdapter:
             )
         self._check_options()
         model = share_drop_paths(self._create(pretrained)).to(device)
-        wanted = self.options.kernels == "auto" and device.type == "cuda"
+        wanted = self.options.kernels == "auto" and by_default(device)
         notes = use_kernels(model) if wanted else []
         self._data_config = self._resolve_data_config(model)
         classifier = getattr(model, "default_cfg", {}).get("classifier") or ()

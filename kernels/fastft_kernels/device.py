@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ HEAD_COLUMNS = (16, 32, 64, 128)
 # As it was when the kernels were decorated; setting the variable later changes nothing.
 _INTERPRETED = bool(knobs.runtime.interpret)
 _interpreting = False
+_pretending = False
 
 
 def interpret_on_cpu(enabled: bool) -> None:
@@ -36,6 +38,22 @@ def interpret_on_cpu(enabled: bool) -> None:
 def runs_triton(tensor: torch.Tensor) -> bool:
     """True on a GPU, and on the CPU while the interpreter is switched on."""
     return tensor.is_cuda or _interpreting
+
+
+def by_default(device: torch.device) -> bool:
+    """Whether models on the device use the kernels unless told not to."""
+    return device.type == "cuda" or _pretending
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """In this context models on a CPU use the ops too, as they would on a GPU."""
+    global _pretending
+    before, _pretending = _pretending, True
+    try:
+        yield
+    finally:
+        _pretending = before
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from fastft_kernels.device import by_default
 from torch import Tensor
 
 from fastft.adapters.aurora.batch import collate
@@ -116,7 +117,7 @@ class AuroraAdapter:
         if options.hub and pretrained:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
-        wanted = options.kernels == "auto" and device.type == "cuda"
+        wanted = options.kernels == "auto" and by_default(device)
         notes = use_kernels(model, options.residual) if wanted else []
         if options.backbone == "bf16":
             keep_backbone_in_bf16(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from fastft_kernels.device import by_default
 from metatrain.pet import PET
 from torch import Tensor
 
@@ -114,7 +115,7 @@ class PetAdapter:
         self._model = model
         self._adaptive = adaptive_settings(model)
         model.to(device)
-        if options.kernels == "auto" and device.type == "cuda" and options.dtype == "float32":
+        if options.kernels == "auto" and by_default(device) and options.dtype == "float32":
             use_kernels(model)
         return Task(
             model=model,

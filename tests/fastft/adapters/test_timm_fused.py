@@ -1,11 +1,13 @@
 """Swin blocks of timm on fastft's kernel: timm's formulas, masks and names."""
 
+import contextlib
 import copy
 import io
 from typing import Any, cast
 
 import pytest
 import torch
+from fastft_kernels.device import pretend_gpu
 from fastft_kernels.window_grid import Grid, tables
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
@@ -266,8 +268,9 @@ def test_changes_of_what_is_called_are_taken() -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "as if on a GPU"])
 def test_the_option(kernels: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretending = contextlib.nullcontext() if kind in ("cpu", "cuda") else pretend_gpu()
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
     sizes = {
         name: value for name, value in SMALL.items() if name not in ("img_size", "num_classes")
@@ -279,14 +282,15 @@ def test_the_option(kernels: Any, kind: str, monkeypatch: pytest.MonkeyPatch) ->
         arguments=sizes,
         kernels=kernels,
     )
-    task = TimmAdapter(options).build(
-        lambda predictions, fields: Loss(predictions.mean()),
-        device=torch.device(kind),
-        checkpoint=None,
-        pretrained=False,
-    )
+    with pretending:
+        task = TimmAdapter(options).build(
+            lambda predictions, fields: Loss(predictions.mean()),
+            device=torch.device("cuda" if kind == "cuda" else "cpu"),
+            checkpoint=None,
+            pretrained=False,
+        )
     on_kernel = ["_attn" in vars(block.module) for block in task.blocks]
-    assert on_kernel == [(kernels, kind) == ("auto", "cuda")] * 4
+    assert on_kernel == [kernels == "auto" and kind != "cpu"] * 4
     assert task.notes == []
 
 
