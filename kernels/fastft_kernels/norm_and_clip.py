@@ -11,7 +11,16 @@ from torch import Tensor
 from fastft_kernels import gradient_norm
 from fastft_kernels.device import runs_triton
 from fastft_kernels.gradient_norm import launch_norms
-from fastft_kernels.tensor_table import ChunkTable, Kinds, addresses, is_dense, upload
+from fastft_kernels.tensor_table import (
+    ChunkTable,
+    Kinds,
+    addresses,
+    are_at,
+    dtypes,
+    is_dense,
+    numels,
+    upload,
+)
 
 
 class GradientNorms(NamedTuple):
@@ -98,6 +107,7 @@ class GradientNorm:
         self.state: Tensor | None = None
         self._constants: tuple[Tensor, Tensor] | None = None
         self._plan: _Plan | None = None
+        self._sizes: tuple = ()
         self._shape: tuple = ()
         self._addresses: list[int] = []
 
@@ -156,19 +166,18 @@ class GradientNorm:
 
     def _refreshed_plan(self, grads: list[Tensor | None], groups: list[int], device) -> _Plan:
         """Tables for these gradients; an address alone would not tell a new tensor from an old."""
-        found = addresses(grads)
-        numels = [0 if g is None else g.numel() for g in grads]
+        sizes = (numels(grads), dtypes(grads))
+        if self._plan is not None and sizes == self._sizes and are_at(grads, self._addresses):
+            return self._plan
+        self._sizes, self._addresses = sizes, addresses(grads)
         kinds = [
-            (torch.float32 if g is None else g.dtype, address & 15 == 0)
-            for g, address in zip(grads, found, strict=True)
+            (dtype or torch.float32, address & 15 == 0)
+            for dtype, address in zip(sizes[1], self._addresses, strict=True)
         ]
-        if self._plan is None or (numels, kinds) != self._shape:
-            self._plan = _Plan(numels, kinds, groups, device)
-            self._shape = (numels, kinds)
-            self._addresses = []
-        if found != self._addresses:
-            self._addresses = found
-            upload(found, torch.int64, device, into=self._plan.grads)
+        if self._plan is None or (sizes[0], kinds) != self._shape:
+            self._plan = _Plan(sizes[0], kinds, groups, device)
+            self._shape = (sizes[0], kinds)
+        upload(self._addresses, torch.int64, device, into=self._plan.grads)
         return self._plan
 
     def _run_on_cpu(self, grads, groups, scale: float, outputs) -> None:

@@ -68,6 +68,22 @@ def are_at(tensors: list[Tensor | None], known: list[int]) -> bool:
         return addresses(tensors) == known
 
 
+def numels(tensors: Sequence[Tensor | None]) -> list[int]:
+    """`numel` of each, 0 for None."""
+    try:
+        return list(map(Tensor.numel, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if t is None else t.numel() for t in tensors]
+
+
+def dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    """Of each, None for None."""
+    try:
+        return list(map(get_dtype, tensors))
+    except AttributeError:
+        return [None if t is None else t.dtype for t in tensors]
+
+
 def is_dense(tensor: Tensor) -> bool:
     """True when the elements fill one stretch of memory, in whatever order."""
     if tensor.is_contiguous():
