@@ -46,6 +46,10 @@ from fastft.task import Batch
 _ATTEMPTS = 8
 # By how much a plan after one that hit the limit must be smaller: the second, and those after it.
 _FIRST_STEP, _STEP = 0.01, 0.02
+_THRASHES = (
+    "memory: only a step fits in which the allocator gives memory back and begins again; a larger"
+    " memory.budget is faster"
+)
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,8 @@ def make_plan(
             called = {block.name for block in measured.blocks}
             # Nothing is known of a block that the model does not call as a module.
             forwards.use({name: KEEP.name for name in forwards.blocks if name not in called})
-            best, costs = _search(step, forwards, batches, limit, measured)
+            say = console.print if offload else None
+            best, costs = _search(step, forwards, batches, limit, measured, say)
         if best is not None:
             forwards.use(best.ways)
             return best
@@ -267,11 +272,16 @@ def _search(
     batches: Sequence[Batch],
     limit: int,
     costs: StepCosts,
+    say: Callable[[str], object] | None,
 ) -> tuple[Plan | None, StepCosts]:
     """Solves, rehearses, corrects the model by what the rehearsal shows, and solves again.
 
     Keeping the least comes last: it has been rehearsed while it was measured. A plan that promises
     little over the best is not tried. Returns the corrected costs too.
+
+    Args:
+        say: told that only a step fits in which the allocator waits for copies to the host to end,
+            and gives memory back; None: such a step does not fit.
     """
     room, less, best = planned_room(limit), _FIRST_STEP, None
     # The least that hit the limit.
@@ -308,6 +318,13 @@ def _search(
         failed += missed
         if failed < math.inf:
             room = round((found.peak_bytes + failed) / 2)
+    if best is None and say is not None:
+        forwards.use(picked(costs, frugal))
+        if found := try_rehearsal(step, batches, limit, may_thrash=True):
+            say(_THRASHES)
+            picks = frugal.picks
+            predicted = peak_bytes(costs, picks), step_seconds(costs, picks)
+            best = Plan(limit, dict(forwards.chosen), *predicted, *found, host_bytes(costs, picks))
     return best, costs
 
 
