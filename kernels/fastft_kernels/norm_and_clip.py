@@ -65,7 +65,7 @@ class _Plan:
     """Tables for a list of gradients with fixed sizes, dtypes and groups."""
 
     def __init__(
-        self, numels: list[int], kinds: list[tuple], groups: list[int], device: torch.device
+        self, numels: list[int], kinds: Sequence[tuple], groups: list[int], device: torch.device
     ) -> None:
         count, group_count = len(numels), max(groups, default=-1) + 1
         # Chunks in the order of groups make every group one stretch of partial sums.
@@ -108,7 +108,6 @@ class GradientNorm:
         self._constants: tuple[Tensor, Tensor] | None = None
         self._plan: _Plan | None = None
         self._sizes: tuple = ()
-        self._shape: tuple = ()
         self._addresses: list[int] = []
 
     def __call__(
@@ -169,16 +168,17 @@ class GradientNorm:
         sizes = (numels(grads), dtypes(grads))
         if self._plan is not None and sizes == self._sizes and are_at(grads, self._addresses):
             return self._plan
-        self._sizes, self._addresses = sizes, addresses(grads)
-        kinds = [
+        self._addresses = addresses(grads)
+        kinds = tuple(
             (dtype or torch.float32, address & 15 == 0)
             for dtype, address in zip(sizes[1], self._addresses, strict=True)
-        ]
-        if self._plan is None or (sizes[0], kinds) != self._shape:
-            self._plan = _Plan(sizes[0], kinds, groups, device)
-            self._shape = (sizes[0], kinds)
-        upload(self._addresses, torch.int64, device, into=self._plan.grads)
-        return self._plan
+        )
+        plan = self._plan
+        if plan is None or sizes[0] != self._sizes[0] or kinds != plan.kinds.of:
+            self._plan = plan = _Plan(sizes[0], kinds, groups, device)
+        self._sizes = sizes
+        upload(self._addresses, torch.int64, device, into=plan.grads)
+        return plan
 
     def _run_on_cpu(self, grads, groups, scale: float, outputs) -> None:
         norms, largest, control = outputs
