@@ -12,6 +12,7 @@ from typing import cast
 
 from fastft_kernels import window_attention
 from fastft_kernels.device import FLOAT_DTYPES, HEAD_COLUMNS, output_dtype
+from fastft_kernels.modules import has_hooks
 from fastft_kernels.window_attention import MAX_HEAD_BYTES, SMALL_TOKENS
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
@@ -59,15 +60,13 @@ def _obstacle(block: SwinTransformerBlock) -> str | None:
 def _was_changed(block: SwinTransformerBlock) -> bool:
     """Whether anything was added to what timm's attention calls and ours does not."""
     attention = block.attn
-    hooks = (attention._forward_hooks, attention._forward_pre_hooks)
-    hooks += (attention._backward_hooks, attention._backward_pre_hooks)
     parts = (attention.softmax, attention.attn_drop)
     return (
         type(block) is not SwinTransformerBlock
         or type(attention) is not WindowAttention
         or "_attn" in vars(block)
         or "forward" in vars(attention)
-        or any(hooks)
+        or has_hooks(attention)
         or [type(part) for part in parts] != [nn.Softmax, nn.Dropout]
     )
 

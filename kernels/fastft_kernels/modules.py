@@ -39,6 +39,13 @@ class FusedLayerNorm(nn.LayerNorm):
         return len(self.normalized_shape) > 1
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks += (module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 @dataclass(frozen=True)
 class SwapReport:
     """What `use_fused_layer_norm` changed, by module name, and what it left with the reason."""

@@ -21,6 +21,7 @@ from aurora.model.swin3d import Swin3DTransformerBlock, WindowAttention
 from aurora.model.util import maybe_adjust_windows
 from fastft_kernels import adaptive_layer_norm, short_attention, window_attention
 from fastft_kernels.device import FLOAT_DTYPES, HEAD_COLUMNS, output_dtype
+from fastft_kernels.modules import has_hooks
 from fastft_kernels.short_attention import MAX_TOKENS as MAX_LEVELS
 from fastft_kernels.window_attention import MAX_TOKENS as MAX_WINDOW
 from fastft_kernels.window_grid import Grid
@@ -97,10 +98,8 @@ def _is_upstreams(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Without hooks, as an added norm (`extend`) is one; a norm also without weights."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    hooks += (module._backward_hooks, module._backward_pre_hooks)
     weights = isinstance(module, nn.LayerNorm) and module.elementwise_affine
-    return _is_upstreams(module, kind) and not weights and not any(hooks)
+    return _is_upstreams(module, kind) and not weights and not has_hooks(module)
 
 
 def _swin_forward(whole: bool) -> Callable[..., Tensor]:
