@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from fake_step import CONFIG, make_fake_step, mean_square
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from fastft.blocks import EAGER, KEEP, RECOMPUTE, compile_task
-from fastft.config import GradientsConfig, OptimConfig, RunConfig
+from fastft.blocks import EAGER, KEEP, RECOMPUTE
+from fastft.config import OptimConfig
 from fastft.fused import Kernels
 from fastft.memory.fake import (
     FakeMeter,
@@ -25,10 +26,7 @@ from fastft.memory.fake import (
 )
 from fastft.memory.solve import peak_bytes, timeline
 from fastft.optim import Optimizer, make_groups, state_bytes
-from fastft.precision import make_precision
-from fastft.runfile import parse
-from fastft.step import TrainingStep
-from fastft.task import Batch, Loss, Task, repeated_blocks
+from fastft.task import Batch, Task
 
 CPU = torch.device("cpu")
 BATCH, LENGTH, WIDTH, HEADS = 4, 32, 64, 2
@@ -258,34 +256,15 @@ def test_the_optimizers_state_is_as_large_as_said(settings: dict[str, Any]) -> N
     assert held == pytest.approx(state_bytes(config) * model.weight.numel(), rel=1e-4)
 
 
-def mean_square(model: nn.Module, batch: Batch) -> Loss:
-    return Loss(model(batch["inputs"]).float().square().mean())
-
-
-RUN = {
-    "run": {"folder": "run", "steps": 2},
-    "model": {"adapter": "python"},
-    "data": {"batch_size": 8, "train": [{"path": "train.npz"}]},
-    "optim": {"lr": 1e-2},
-}
-
-
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_whole_menu_of_a_transformer(micro_batches: int) -> None:
-    config = parse(RunConfig, RUN)
     model = nn.Sequential(nn.Linear(8, WIDTH), Transformer(), Transformer(), nn.Linear(WIDTH, 8))
-    task = Task(model, mean_square, repeated_blocks(model))
     meter = FakeMeter()
     with on_fake_tensors(meter) as mode:
-        make_fake(model, mode, meter)
-        precision = make_precision("bf16", CPU)
-        forwards = compile_task(task, "off", precision)
-        optimizer = Optimizer(make_groups(task, config.optim, {}), config.optim, 2)
-        step = TrainingStep(task, optimizer, None, GradientsConfig(), precision)
-        inputs = Batch({"inputs": torch.zeros(BATCH, LENGTH, 8)}, BATCH)
-        batches = [fake_batch(inputs, mode, meter)] * micro_batches
+        inputs = torch.zeros(BATCH, LENGTH, 8)
+        step, forwards, batches = make_fake_step(model, inputs, mode, meter, micro_batches)
         before = meter.allocated()
-        costs = estimate_costs(config, step, forwards, batches, meter)
+        costs = estimate_costs(CONFIG, step, forwards, batches, meter)
         assert meter.allocated() == before
     weights = sum(p.numel() for p in model.parameters())
     assert [block.name for block in costs.blocks] == ["1", "2"]
