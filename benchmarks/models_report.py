@@ -71,15 +71,13 @@ def plot_aurora(records: list[Record], path: Path) -> Path | None:
 
 def parity_tables(records: list[Record]) -> list[str]:
     """How far gradients are from float32, and how far losses from upstream's."""
-    rows = [
-        [
-            r["runner"],
-            *(f"{100 * r[share]:.2f} %" for share in ("p50%", "p90%", "p100%")),
-            *([f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}"] if r["losses"] else "--"),
-            f"{r['apart']:.1e}" if r["losses"] else "-",
-        ]
-        for r in records
-    ]
+    rows = []
+    for r in records:
+        errors = [f"{100 * r[share]:.2f} %" for share in ("p50%", "p90%", "p100%")]
+        losses = ["-"] * 3
+        if r["losses"]:
+            losses = [*(f"{r['losses'][i]:.4f}" for i in (0, -1)), f"{r['apart']:.1e}"]
+        rows.append([r["runner"], *errors, *losses])
     head = ["runner", "error of a gradient, median", "90 %", "most"]
     head += ["first loss", "last of 20", "largest difference from upstream's"]
     return ["", *table(head, rows)]
