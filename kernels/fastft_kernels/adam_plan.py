@@ -1,6 +1,7 @@
 """The tensors that `FusedAdam` updates, their tables on the device, and one step over them."""
 
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
@@ -169,12 +170,16 @@ class AdamPlan:
         lr = list(map(get_lr, groups))
         if lr != self.lr:
             self.lr = lr
-            upload(lr, torch.float32, tables.lr.device, into=tables.lr)
+            if len(set(lr)) == 1:
+                # Half the host time of a copy.
+                tables.lr.fill_(lr[0])
+            else:
+                upload(lr, torch.float32, tables.lr.device, into=tables.lr)
         hyper = list(map(get_hyper, groups))
         if hyper != self.hyper:
             self.hyper = hyper
-            rows = [self._hyper_row(group) for group in groups]
-            upload(rows, torch.float32, tables.hyper.device, into=tables.hyper)
+            rows = chain.from_iterable(map(self._hyper_row, groups))
+            upload(list(rows), torch.float32, tables.hyper.device, into=tables.hyper.view(-1))
 
     def _hyper_row(self, group: dict) -> list[float]:
         betas, eps, weight_decay = get_hyper(group)

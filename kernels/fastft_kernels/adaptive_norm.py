@@ -31,6 +31,7 @@ from fastft_kernels.device import (
     runs_triton,
 )
 from fastft_kernels.dispatch import as_differentiable_op, as_op
+from fastft_kernels.early_launch import early_launch, let_next_start, wait_for_previous
 from fastft_kernels.norm_formulas import plain_adaptive_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
@@ -69,6 +70,7 @@ def _forward_tile(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Norms ROWS rows of a sample; kept is (1 + scale, shift) where the program has them."""
     X, RESIDUAL, SCALE, SHIFT, Y, MEAN, RSTD = pointers
@@ -85,6 +87,7 @@ def _forward_tile(
         residual = tl.load(RESIDUAL + at, mask=inside, other=0.0)
     if kept is None:
         kept = _modulation(SCALE, SHIFT, sample, column, N)
+    let_next_start(EARLY)
     x = x.to(tl.float32)
     mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row, x - mean[:, None], 0.0)
@@ -116,7 +119,9 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     pointers = (X, RESIDUAL, SCALE, SHIFT, Y, MEAN, RSTD)
     sizes = (x_stride, residual_stride, length, eps)
     first = tl.program_id(0)
@@ -125,9 +130,9 @@ def _forward_kernel(
         kept = _modulation(SCALE, SHIFT, tl.program_id(1).to(tl.int64), column, N)
         tiles = tl.cdiv(length, ROWS)
         for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=STAGES):
-            _forward_tile(tile, pointers, sizes, kept, N, BLOCK_N, ROWS, HAS_RESIDUAL)
+            _forward_tile(tile, pointers, sizes, kept, N, BLOCK_N, ROWS, HAS_RESIDUAL, False)
     else:
-        _forward_tile(first, pointers, sizes, None, N, BLOCK_N, ROWS, HAS_RESIDUAL)
+        _forward_tile(first, pointers, sizes, None, N, BLOCK_N, ROWS, HAS_RESIDUAL, EARLY)
 
 
 @triton.jit
@@ -146,7 +151,9 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_N)
     in_row = (column < N)[None, :]
@@ -173,6 +180,7 @@ def _backward_kernel(
         tl.store(DX + row[:, None] * N + column[None, :], dx.to(DX.dtype.element_ty), mask=inside)
         dscale += dy * h
         dshift += dy
+    let_next_start(EARLY)
     at = PARTIAL + (sample * tl.num_programs(0) + tl.program_id(0)) * N + column
     tl.store(at, tl.sum(dscale, axis=0), mask=column < N)
     at += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * N
@@ -212,6 +220,7 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         PERSISTENT=schedule.programs_per_sm > 0,
         HAS_RESIDUAL=residual is not None,
         num_warps=schedule.warps,
+        **early_launch(x.device),
     )
 
 
@@ -267,6 +276,7 @@ def _launch_backward(dy, x, scale, mean, rstd, out) -> None:
         ROWS=schedule.rows,
         STAGES=schedule.stages,
         num_warps=schedule.warps,
+        **early_launch(x.device),
     )
     sum_partials(partial, dscale, dshift)
 

@@ -29,6 +29,7 @@ from fastft_kernels.device import (
     runs_triton,
 )
 from fastft_kernels.dispatch import as_differentiable_op, as_op
+from fastft_kernels.early_launch import early_launch, let_next_start, wait_for_previous
 from fastft_kernels.long_rows import forward_in_passes
 from fastft_kernels.norm_formulas import plain_norm_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
@@ -72,7 +73,9 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK_N)
     in_row = column < N
@@ -92,6 +95,7 @@ def _forward_kernel(
         weight = tl.load(WEIGHT + column, mask=in_row, other=0.0, eviction_policy="evict_last")
     if HAS_BIAS:
         bias = tl.load(BIAS + column, mask=in_row, other=0.0, eviction_policy="evict_last")
+    let_next_start(EARLY)
     mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
@@ -126,7 +130,9 @@ def _backward_kernel(
     HAS_DS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     WANTS_SUMS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     column = tl.arange(0, BLOCK_N)
     in_row = (column < N)[None, :]
     if HAS_WEIGHT:
@@ -156,6 +162,7 @@ def _backward_kernel(
         if WANTS_SUMS:
             dweight += dy * h
             dbias += dy
+    let_next_start(EARLY)
     if WANTS_SUMS:
         at = PARTIAL + tl.program_id(0).to(tl.int64) * N + column
         tl.store(at, tl.sum(dweight, axis=0), mask=column < N)
@@ -187,6 +194,7 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         num_warps=schedule.warps,
+        **early_launch(x.device),
     )
 
 
@@ -253,6 +261,7 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
         HAS_WEIGHT=weight is not None,
         WANTS_SUMS=wants_sums,
         num_warps=schedule.warps,
+        **early_launch(s.device),
     )
     if wants_sums:
         sum_partials(partial, dweight, dbias)

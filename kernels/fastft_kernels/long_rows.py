@@ -8,6 +8,8 @@ read twice, the second time from the cache, where the weights stay too.
 import triton
 import triton.language as tl
 
+from fastft_kernels.early_launch import let_next_start, wait_for_previous
+
 
 @triton.jit
 def _combine(mean_a, squares_a, count_a, mean_b, squares_b, count_b):
@@ -38,8 +40,10 @@ def forward_in_passes(
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per row; arguments as of `layer_norm`'s forward kernel."""
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     X += row * x_stride
     RESIDUAL += row * residual_stride
@@ -66,6 +70,7 @@ def forward_in_passes(
         mean += delta / tl.maximum(count, 1.0)
         squares += tl.where(inside, delta * (x - mean), 0.0)
     mean, squares, count = tl.reduce((mean, squares, count), 0, _combine)
+    let_next_start(EARLY)
     rstd = 1.0 / tl.sqrt(squares / N + eps)
     if HAS_RESIDUAL:
         # Other threads of the program stored what this one reads.

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_kernels.device import ceil_div, launch, next_power_of_2
+from fastft_kernels.early_launch import early_launch, let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -16,8 +17,11 @@ def _sum_partials_kernel(
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """`[2, samples, programs, N]` to two `[samples, N]`; grid (column blocks, samples, 2)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.program_id(1).to(tl.int64)
     which = tl.program_id(2).to(tl.int64)
@@ -50,4 +54,5 @@ def sum_partials(partial: Tensor, first: Tensor, second: Tensor) -> None:
         BLOCK_P=block_p,
         BLOCK_N=32,
         num_warps=8,
+        **early_launch(partial.device),
     )

@@ -56,7 +56,7 @@ def forward_schedule(
     block = next_power_of_2(columns)
     few = rows * block < 16 * multiprocessors(device) * 8192
     if few and block <= 512:
-        return Schedule(rows=1024 // block, warps=1)
+        return Schedule(rows=1024 // block, warps=2)
     if weight_bytes <= 2:
         if alone and block == 8192:
             return Schedule(rows=2, warps=8)

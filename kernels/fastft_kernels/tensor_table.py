@@ -21,6 +21,9 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 
+# Of `array`, which takes many numbers faster than a tensor does.
+CODES = {torch.int64: "q", torch.float32: "f"}
+
 get_grad: Any = attrgetter("grad")
 get_dtype: Any = attrgetter("dtype")
 
@@ -33,8 +36,8 @@ def upload(
     The pinned buffer is fresh each time: the allocator keeps it until the copy has run, so a host
     that is steps ahead never overwrites what the GPU has yet to read.
     """
-    if dtype == torch.int64 and len(values):
-        host = torch.frombuffer(array("q", values), dtype=torch.int64)
+    if dtype in CODES and len(values):
+        host = torch.frombuffer(array(CODES[dtype], values), dtype=dtype)
     else:
         host = torch.tensor(values, dtype=dtype)
     host = host.pin_memory() if device.type == "cuda" else host

@@ -57,15 +57,18 @@ def compile_kernel(
 def main() -> None:
     rows = {"N": 500, "BLOCK_N": 512, "ROWS": 4}
     for flag in (False, True):
-        affine = {"HAS_RESIDUAL": True, "HAS_WEIGHT": flag, "HAS_BIAS": True}
+        affine = {"HAS_RESIDUAL": True, "HAS_WEIGHT": flag, "HAS_BIAS": True, "EARLY": flag}
         compile_kernel("layer_norm", "_forward_kernel", **rows, **affine)
         compile_kernel("long_rows", "forward_in_passes", N=5000, CHUNK=2048, **affine)
         flags = {"STAGES": 3 if flag else 1, "PERSISTENT": flag, "HAS_RESIDUAL": True}
+        flags["EARLY"] = not flag
         compile_kernel("adaptive_norm", "_forward_kernel", **rows, **flags)
-    flags = {"STAGES": 4, "HAS_DS": True, "HAS_WEIGHT": True, "WANTS_SUMS": True}
-    compile_kernel("layer_norm", "_backward_kernel", **rows, **flags)
-    compile_kernel("adaptive_norm", "_backward_kernel", **rows, STAGES=4)
-    compile_kernel("partial_sums", "_sum_partials_kernel", N=500, BLOCK_P=256, BLOCK_N=32)
+    flags = {"HAS_DS": True, "HAS_WEIGHT": True, "WANTS_SUMS": True}
+    loop = {"STAGES": 4, "EARLY": True}
+    compile_kernel("layer_norm", "_backward_kernel", **rows, **flags, **loop)
+    compile_kernel("adaptive_norm", "_backward_kernel", **rows, **loop)
+    sums = {"BLOCK_P": 256, "BLOCK_N": 32, "EARLY": True}
+    compile_kernel("partial_sums", "_sum_partials_kernel", N=500, **sums)
     longitudes = {"SHIFTED": True, "WRAPS": True, "PADDED": True}
     window = {"T": 144, "WC": 2, "WH": 6, "WW": 12, "D": 64, **longitudes}
     # Also the most that a window may have.

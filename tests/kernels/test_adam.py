@@ -7,6 +7,7 @@ from fastft_kernels.adam import AdamSchedule
 from fastft_kernels.adam_plan import StateLayout
 from fastft_kernels.device import interpret_on_cpu
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 LAYOUTS: tuple[StateLayout, ...] = ("fp32", "bf16", "8bit")
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -174,6 +175,21 @@ def test_bytes_of_state_per_parameter(device):
         optimizer.step()
         sizes = [t.nbytes for name, t in optimizer.state[p].items() if name != "step"]
         assert sum(sizes) / p.numel() == wanted
+
+
+def test_hooks_and_profilers_see_every_step_once(device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer, seen = FusedAdam([p], lr=1.0), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step()
+    handle.remove()
+    assert seen == ["before", "after"]
+    with torch.autograd.profiler.profile(use_cpu=True) as recorded:
+        FusedAdam([p]).step()
+    names = [event.name for event in recorded.function_events or ()]
+    assert names.count("Optimizer.step#FusedAdam.step") == 1
 
 
 def test_refusals(device):
