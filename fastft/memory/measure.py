@@ -232,7 +232,7 @@ def assemble_costs(
         BlockCosts(
             block.name,
             tuple(
-                _in_step(choice, rest.behind.get(block.name, [0]), micro_batches)
+                _in_step(choice, _behind(rest, block.name, measured), micro_batches)
                 for choice in measured[block.name].values()
             ),
             0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
@@ -254,6 +254,17 @@ def assemble_costs(
     )
     missed = rest.peak - peak_bytes(costs, [len(block.choices) - 1 for block in blocks])
     return dataclasses.replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
+
+
+def _behind(rest: Rest, name: str, measured: Mapping[str, Mapping[str, Choice]]) -> list[int]:
+    """What is behind a block whatever it keeps.
+
+    Inputs that wait on the host go when the caller drops them, behind the block; other ways keep
+    them.
+    """
+    behind = rest.behind.get(name, [0])
+    rehearsed = list(measured[name].values())[-1]
+    return [max(0, size) for size in behind] if rehearsed.host_bytes else behind
 
 
 def _in_step(choice: Choice, behind: Sequence[int], micro_batches: int) -> Choice:

@@ -88,3 +88,13 @@ def test_what_is_behind_all_calls_but_the_last_is_there_when_the_backward_begins
     assert [choice.kept_bytes for choice in first.choices] == [60 + 70, 10 + 70]
     assert [choice.backward_bytes for choice in first.choices] == [30 - 20, 95 - 20]
     assert second.choices == tuple(MEASURED["2"].values())
+
+
+def test_inputs_that_went_to_the_host_are_kept_by_other_ways() -> None:
+    host = Choice("inputs on the host", 0, 70, 110, 1.0, host_bytes=10)
+    measured = {**MEASURED, "1": {**MEASURED["1"], host.name: host}}
+    rest = dataclasses.replace(REST, behind={"1": [-10], "2": [-5]})
+    first, second = assemble_costs(build().step, rest, measured, 1).blocks
+    assert [choice.kept_bytes for choice in first.choices] == [60, 10, 0]
+    # There nothing waited on the host: an output that is gone.
+    assert [choice.kept_bytes for choice in second.choices] == [40 - 5, 20 - 5]
