@@ -62,8 +62,8 @@ def plot_aurora(records: list[Record], path: Path) -> Path | None:
         axis.annotate(f" {r['step_ms']:.0f}", (left, place), va="center")
     axis.set_yticks(range(len(shown)), [r["runner"] for r in shown])
     axis.set(xlabel="milliseconds of a step", xlim=(0, 1.08 * shown[-1]["step_ms"]))
-    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=8, fontsize=9, frameon=False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    figure.legend(loc="upper center", ncols=8, fontsize=9, frameon=False)
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
     return target

@@ -100,11 +100,17 @@ KINDS = {
 
 
 def plot(records: list[Record]) -> None:
-    """Throughput against measured peak, one panel per case; best is up and to the left."""
-    cases = [c for c in dict.fromkeys(r["case"] for r in records) if "," not in c]
-    figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 5.2), squeeze=False)
-    for axis, case in zip(axes[0], cases, strict=True):
-        for r in (r for r in records if r["case"] == case and "peak_gib" in r):
+    """Throughput against measured peak, a panel per case and card; best is up and to the left.
+
+    Of two records with one runner and budget, the last is drawn.
+    """
+    panels: dict[tuple[str, str], dict[Any, Record]] = {}
+    for r in (r for r in records if "," not in r["case"] and "peak_gib" in r):
+        drawn = panels.setdefault((r["case"], device(r)), {})
+        drawn[r["runner"], r.get("budget_gib")] = r
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5.2), squeeze=False)
+    for axis, ((case, card), drawn) in zip(axes[0], panels.items(), strict=True):
+        for r in drawn.values():
             start = next(start for start in KINDS if r["runner"].startswith(start))
             label, marker, colour = KINDS[start]
             point = (r["peak_gib"], r["samples_per_second"])
@@ -112,7 +118,6 @@ def plot(records: list[Record]) -> None:
             short = r["runner"].removeprefix(start).removesuffix(" block").replace("one block", "1")
             place, side = ((-7, 4), "right") if start == "fastft, " else ((7, -9), "left")
             axis.annotate(short, point, xytext=place, textcoords="offset points", size=8, ha=side)
-        card = next(device(r) for r in records if r["case"] == case)
         title = f"{case}, {card}"
         axis.set(xlabel="measured peak, GiB", ylabel="samples per second", title=title)
         axis.margins(x=0.2, y=0.1)

@@ -1,4 +1,4 @@
-"""Writes kernels/README.md's tables and the plot of share of copy against N from the records.
+"""Writes kernels/README.md's tables, by card, and the plot of share of copy against N.
 
 Usage: python -m benchmarks.table benchmarks/results/RECORDS.jsonl ...
 """
@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 README, PLOT = ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "results" / "layer_norm.png"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-PROVIDERS = ("fastft", "fastft, bf16 weights", "eager", "compile", "compile, fp32 weights", "liger")
+PROVIDERS = ("fastft", "fastft, bf16 weights", "eager", "compile", "compile, early launch")
+PROVIDERS += ("compile, fp32 weights", "liger")
 ATTENTION = ("fastft", "torch", "torch.compile")
 Record = dict[str, Any]
 
@@ -35,7 +36,7 @@ def cell(record: Record | None) -> str:
 def what_of(record: Record) -> tuple[Any, ...]:
     """What a record is of: two with the same are two measurements of one thing."""
     names = ("op", "direction", "provider", "rows", "columns", "state", "groups", "monitor")
-    names += ("size", "shifted", "queries")
+    names += ("size", "shifted", "queries", "device")
     return tuple(str(record.get(name)) for name in names)
 
 
@@ -98,7 +99,7 @@ def optimizer_tables(records: list[Record]) -> list[str]:
             ms, host = f"{r['p50_us'] / 1e3:.2f}", f"{r['host_us'] / 1e3:.2f}"
             rows.append([what, r["provider"], ms, f"{r['share']:.2f}", host])
     header = ["1.2e9 float32 parameters in 668 tensors", "provider", "ms", "share", "host ms"]
-    return ["", *table(header, rows)]
+    return ["", *table(header, rows)] if rows else []
 
 
 def plot(records: list[Record]) -> None:
@@ -117,12 +118,13 @@ def plot(records: list[Record]) -> None:
                     *zip(*points, strict=True), marker="o", color=f"C{colour}", label=provider
                 )
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="N", title=f"layer norm {direction}, bf16, 2^28 elements")
+        title = f"layer norm {direction}, bf16, 2^28 elements, {records[0]['device']}"
+        axis.set(xlabel="N", title=title)
         axis.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
         axis.axhline(1.0, color="grey", linewidth=0.8)
     axes[0].set(ylabel="share of a copy", ylim=(0, 1.1))
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=7)
     figure.savefig(PLOT, dpi=120)
 
 
@@ -143,11 +145,14 @@ def main() -> None:
         ]
     # A later file replaces what it has measured again.
     records = list({what_of(r): r for path in paths for r in read(path)}.values())
-    lines += [*optimizer_tables(records), *attention_table(records), *norm_tables(records)]
+    cards = dict.fromkeys(r["device"] for r in records)
+    by_card = {card: [r for r in records if r["device"] == card] for card in cards}
+    for card, of in by_card.items():
+        lines += ["", f"### {card}", *optimizer_tables(of), *attention_table(of), *norm_tables(of)]
     text = README.read_text()
     head, rest = text.split(BEGIN)
     README.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))
-    plot(records)
+    plot(next(iter(by_card.values())))
 
 
 if __name__ == "__main__":

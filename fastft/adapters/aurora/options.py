@@ -138,7 +138,7 @@ class AuroraOptions:
         Literal["step", "bf16"],
         Field(
             description="Under step.precision = 'fp16': 'bf16' runs the backbone in that, as"
-            " upstream does; attention's small gradients need its range."
+            " upstream does, for weights that leave fp16's range there."
         ),
     ] = "step"
     chunk_patches: Annotated[
