@@ -231,10 +231,7 @@ def assemble_costs(
     blocks = tuple(
         BlockCosts(
             block.name,
-            tuple(
-                _in_step(choice, _behind(rest, block.name, measured), micro_batches)
-                for choice in measured[block.name].values()
-            ),
+            _in_step(rest, block.name, list(measured[block.name].values()), micro_batches),
             0 if several else sum(p.nbytes for p in block.module.parameters() if p.requires_grad),
         )
         for block in step.task.blocks
@@ -256,24 +253,27 @@ def assemble_costs(
     return dataclasses.replace(costs, fixed_bytes=max(0, costs.fixed_bytes + missed))
 
 
-def _behind(rest: Rest, name: str, measured: Mapping[str, Mapping[str, Choice]]) -> list[int]:
-    """What is behind a block whatever it keeps.
+def _in_step(
+    rest: Rest, name: str, choices: Sequence[Choice], micro_batches: int
+) -> tuple[Choice, ...]:
+    """With what is behind the block until its backward; that of the last call is gone by then.
 
-    Inputs that wait on the host go when the caller drops them, behind the block; other ways keep
-    them.
+    Where the rehearsal had inputs on the host, they went behind their block, when the caller
+    dropped them: other ways keep them, and have those of a block before come back under their
+    backward.
     """
-    behind = rest.behind.get(name, [0])
-    rehearsed = list(measured[name].values())[-1]
-    return [max(0, size) for size in behind] if rehearsed.host_bytes else behind
-
-
-def _in_step(choice: Choice, behind: Sequence[int], micro_batches: int) -> Choice:
-    """With what is behind the block until its backward; that of the last call is gone by then."""
-    return dataclasses.replace(
-        choice,
-        kept_bytes=max(0, choice.kept_bytes + sum(behind)),
-        backward_bytes=max(0, choice.backward_bytes - max(0, behind[-1])),
-        seconds=micro_batches * choice.seconds,
+    behind, fetched = rest.behind.get(name, [0]), choices[-1].host_bytes
+    if fetched:
+        behind = [max(0, size) for size in behind]
+    return tuple(
+        dataclasses.replace(
+            choice,
+            kept_bytes=max(0, choice.kept_bytes + sum(behind)),
+            backward_bytes=max(0, choice.backward_bytes - max(0, behind[-1]))
+            + (0 if choice.host_bytes else fetched),
+            seconds=micro_batches * choice.seconds,
+        )
+        for choice in choices
     )
 
 

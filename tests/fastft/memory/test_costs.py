@@ -96,5 +96,7 @@ def test_inputs_that_went_to_the_host_are_kept_by_other_ways() -> None:
     rest = dataclasses.replace(REST, behind={"1": [-10], "2": [-5]})
     first, second = assemble_costs(build().step, rest, measured, 1).blocks
     assert [choice.kept_bytes for choice in first.choices] == [60, 10, 0]
+    # Those of an earlier block are fetched while this one's backward runs; its own way counts them.
+    assert [choice.backward_bytes for choice in first.choices] == [30 + 10, 95 + 10, 110]
     # There nothing waited on the host: an output that is gone.
     assert [choice.kept_bytes for choice in second.choices] == [40 - 5, 20 - 5]
