@@ -45,6 +45,28 @@ def test_inductor_keeps_the_op_in_one_graph(case: OpCase, device):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@by_name
+def test_early_starts_in_a_graph_change_no_bit(case: OpCase, device):
+    """Kernels behind one another, each on what the one ahead of it has written."""
+    inputs = case.make_inputs((2, 513, 512), torch.bfloat16, device)
+
+    def chain() -> tuple[torch.Tensor, ...]:
+        first, *others = inputs
+        for _ in range(20):
+            first = as_tuple(case.op(first, *others))[0]
+        return first, *torch.autograd.grad(first.sum(), inputs)
+
+    wanted = chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(3):
+        graph.replay()
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_addresses_past_two_to_the_31(device):
     x = torch.randn(140_000, 16384, device=device, dtype=torch.bfloat16).requires_grad_()
     w = torch.randn(16384, device=device, requires_grad=True)
