@@ -366,6 +366,18 @@ def test_bad_targets(tuned: Any, targets: Any, options: Any, message: str | None
     assert error.value.problems[0].startswith(message)
 
 
+@pytest.mark.parametrize(("unit", "taken"), [(None, "eV"), ("Hartree", "Hartree")])
+def test_heads_without_a_unit(tuned: Any, checkpoint: Path, unit: Any, taken: str) -> None:
+    options = {"target": NEW, "inherit_heads": "energy", "unit": unit}
+    started = f"new target '{NEW}': its heads start as those of 'energy', rescaled"
+    assert tuned(NEW, **options)[1].notes[0] == started
+    content = torch.load(checkpoint, weights_only=False)
+    content["model_data"]["dataset_info"].targets["energy"].unit = ""
+    torch.save(content, checkpoint)
+    said = f"; 'energy' states no unit and is taken to be in {taken}, as '{NEW}' is"
+    assert tuned(NEW, **options)[1].notes[0] == started + said
+
+
 def test_heads_of_another_quantity(tuned: Any, checkpoint: Path) -> None:
     content = torch.load(checkpoint, weights_only=False)
     content["model_data"]["dataset_info"].targets["energy"].quantity = "dipole"
