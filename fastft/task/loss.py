@@ -18,11 +18,14 @@ class Loss:
         total: scalar that is differentiated; a mean over the batch.
         parts: detached scalars to log, by name.
         predictions: what metrics compare with the batch, detached; a tensor, or a mapping of them.
+        term: what of a training batch's loss this is, where that is a sum over what a batch to
+            evaluate on holds one of, such as targets: evaluation adds up the means of all terms.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     predictions: Any = None
+    term: str = ""
 
 
 class LossFunction(Protocol):

@@ -120,7 +120,7 @@ class PetAdapter:
             use_kernels(model)
         return Task(
             model=model,
-            loss=PetLoss(options, targets.names),
+            loss=PetLoss(options, targets.names, mixed=targets.mixed),
             blocks=[make_block(model)],
             heads=trained_by_heads(model, options, targets.trained),
             metrics={"errors": PetScores(self._units)},

@@ -35,10 +35,12 @@ class RunTargets:
     Attributes:
         trained: those of training data sets.
         evaluated: further ones, of validation and test data.
+        mixed: whether training batches may hold several.
     """
 
     trained: tuple[str, ...]
     evaluated: tuple[str, ...] = ()
+    mixed: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ def find_targets(options: PetOptions, data: DataConfig) -> RunTargets:
         for sources in (data.train, [*data.validation, *data.test])
     )
     more = tuple(name for name in evaluated if name not in trained)
-    found = RunTargets(tuple(trained), more)
+    found = RunTargets(tuple(trained), more, mixed=data.mixing == "sample")
     problems = [
         f"model.options.targets: must be named by data sets, and not be model.options.target; got"
         f" '{name}'{nearest(name, found.names)}"

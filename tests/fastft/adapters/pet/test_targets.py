@@ -1,6 +1,7 @@
 """Several targets, low-rank updates, and under which names exports hold what."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -364,6 +365,19 @@ def test_bad_targets(tuned: Any, targets: Any, options: Any, message: str | None
     with pytest.raises(ConfigError) as error:
         tuned(*targets, **options)
     assert error.value.problems[0].startswith(message)
+
+
+def test_losses_of_targets_add_up_where_batches_mix_them(
+    make_adapter: Any, build: Any, checkpoint: Path, atoms_file: Path
+) -> None:
+    for mixing, targets, term in (
+        ("sample", ["energy", NEW], NEW),
+        ("batch", ["energy", NEW], ""),
+        ("sample", [NEW], ""),
+    ):
+        adapter = make_adapter(elements=[], dtype="float64")
+        adapter.expect(replace(data_of(atoms_file, targets), mixing=mixing))
+        assert loss_of(adapter, build(adapter, checkpoint), atoms_file, NEW).term == term
 
 
 @pytest.mark.parametrize(("unit", "taken"), [(None, "eV"), ("Hartree", "Hartree")])
