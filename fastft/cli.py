@@ -210,6 +210,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
+    _refuse_existing(options.to)
     importlib.import_module("fastft.evaluate").export(
         _config(options), console, options.to, checkpoint=options.checkpoint
     )
@@ -240,12 +241,22 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 
 
 def _convert(options: argparse.Namespace, console: Console) -> None:
+    _refuse_existing(options.to)
     registry = importlib.import_module("fastft.adapters.registry")
     text, notes = registry.convert_options(options.adapter, options.options_file)
     write = importlib.import_module("fastft.atomic").write_file_atomically
     write(options.to, lambda path: path.write_text(text))
     lines = [*notes, f"{options.options_file} -> {options.to}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    # A link that leads nowhere is something, too.
+    if os.path.lexists(target):
+        raise ConfigError(
+            f"--to: must be a new file; got '{target}', which exists; name another, or remove it"
+            " first"
+        )
 
 
 def _schema(options: argparse.Namespace, console: Console) -> None:

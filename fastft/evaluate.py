@@ -28,7 +28,7 @@ from fastft.memory import fitted_before
 from fastft.metrics import make_metrics, write_events
 from fastft.names import load_state_dict
 from fastft.precision import make_precision
-from fastft.runtime import find_device, seed_everything
+from fastft.runtime import open_run, seed_everything
 from fastft.task import Adapter, Split, Task, TextTable
 
 
@@ -46,23 +46,25 @@ def evaluate(
     Raises:
         FastftError: no such data or checkpoint.
     """
-    config, device = fitted_before(config), find_device(config.run.device)
-    task, adapter, name, step = _open_trained(config, checkpoint, device, console)
-    loader = open_split(adapter, config, split, device)
-    if loader is None:
-        raise ConfigError(
-            f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
-        )
-    fuse_layer_norms(task, config, device)
-    precision = make_precision(config.step.precision, device, tf32=config.step.tf32)
-    compile_task(task, config.step.compile, precision)
-    report = make_report(adapter, config)
-    own = task.metrics if report is None else {"report": report}
-    metrics = {**own, **make_metrics(config.evaluate.metrics, device)}
-    with loader:
-        values = score(task, loader, metrics, precision)
-    # A report has a table of its own.
-    detailed = report.compute() if report else {}
+    config = fitted_before(config)
+    with open_run(config.run, write=False) as run:
+        device = run.device
+        task, adapter, name, step = _open_trained(config, checkpoint, device, console)
+        loader = open_split(adapter, config, split, device)
+        if loader is None:
+            raise ConfigError(
+                f"data.{split}: must name a data set to evaluate on; got none; add [[data.{split}]]"
+            )
+        fuse_layer_norms(task, config, device)
+        precision = make_precision(config.step.precision, device, tf32=config.step.tf32)
+        compile_task(task, config.step.compile, precision)
+        report = make_report(adapter, config)
+        own = task.metrics if report is None else {"report": report}
+        metrics = {**own, **make_metrics(config.evaluate.metrics, device)}
+        with loader:
+            values = score(task, loader, metrics, precision)
+        # A report has a table of its own.
+        detailed = report.compute() if report else {}
     brief = [(metric, f"{value:.5g}") for metric, value in values.items() if metric not in detailed]
     title = f"{name} on {split} data ({loader.samples:,} samples)"
     for table in (
@@ -103,6 +105,7 @@ def export(config: RunConfig, console: Console, target: Path, *, checkpoint: str
     Raises:
         FastftError: no such checkpoint, or `target` cannot be written.
     """
+    seed_everything(config.run.seed)
     task, adapter, name, _ = _open_trained(config, checkpoint, torch.device("cpu"), console)
     merge_lora(task.model)
     write_file_atomically(target, lambda path: adapter.save(task, path))
@@ -116,7 +119,6 @@ def _open_trained(
 
     No step where the checkpoint is not of this run.
     """
-    seed_everything(config.run.seed)
     folder = _find(config, checkpoint, console)
     if folder is None:
         # Someone else's file: the whole model must come from it, with nothing new and no adapters.

@@ -5,6 +5,8 @@ unknown key or a value of the wrong type is an error, never a guess. `fastft.run
 writes them.
 """
 
+from pathlib import Path
+
 from pydantic.dataclasses import dataclass
 
 from fastft.config.base import strict
@@ -111,6 +113,12 @@ class RunConfig:
             raise ValueError(
                 f"step.accumulate: follows from data.samples_per_step; got {self.step.accumulate};"
                 " drop one of them"
+            )
+        if self.data.batch_size == "fit" and isinstance(self.memory.plan, Path):
+            raise ValueError(
+                "memory.plan: must be 'auto' or 'off' with data.batch_size = 'fit', since a plan is"
+                f" for micro-batches of one size; got '{self.memory.plan}'; set data.batch_size to"
+                " that size"
             )
         needs = {
             f"optim.moments = '{self.optim.moments}'": self.optim.moments != "fp32",

@@ -21,9 +21,9 @@ def score(
     """One pass over a loader in eval mode.
 
     Returns:
-        'loss', a mean over samples, and what the metrics report.
+        'loss', a mean over samples (see `MeanLoss`), and what the metrics report.
     """
-    mean_loss = MeanLoss(precision.device)
+    mean_loss = MeanLoss()
     for metric in metrics.values():
         metric.reset()
     with evaluating(task.model):
@@ -48,7 +48,7 @@ def try_evaluation(
     generators = rng_state(precision.device)
     for metric in metrics.values():
         metric.reset()
-    mean_loss = MeanLoss(precision.device)
+    mean_loss = MeanLoss()
     with evaluating(task.model):
         for batch in loader.examples():
             _update(task, batch, metrics, precision, mean_loss)
@@ -81,6 +81,6 @@ def _update(
 ) -> None:
     batch = host_batch.to(precision.device)
     loss = compute_loss(task.loss, task.model, batch, precision)
-    mean_loss.update(loss.total, batch.size)
+    mean_loss.update(loss, batch.size)
     for metric in metrics.values():
         metric.update(loss.predictions, batch)

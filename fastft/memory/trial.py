@@ -154,7 +154,8 @@ def long_lived_apart() -> Iterator[None]:
     """In this context, collections of garbage leave out what blocks' trials have compiled.
 
     They come before each measurement, and a walk through all that a compiler leaves takes half a
-    second.
+    second. At the end everything is searched again, also what others had frozen, since gc thaws all
+    or nothing: left frozen, cycles made here would hold their memory for good.
     """
     _set_apart()
     try:

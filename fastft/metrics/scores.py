@@ -16,7 +16,7 @@ from torch import Tensor
 from fastft.config import MetricConfig
 from fastft.errors import ConfigError, DataError
 from fastft.operands import misfit, pick_operands, same_shape, unique_names, without_axis
-from fastft.task import Batch, Metric
+from fastft.task import Batch, Loss, Metric
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -62,21 +62,25 @@ def make_metrics(configs: Sequence[MetricConfig], device: torch.device) -> dict[
 
 
 class MeanLoss:
-    """Mean of batch losses, weighted by the batches' sizes; NaN before the first update."""
+    """Mean of batch losses, weighted by the batches' sizes; NaN before the first update.
 
-    def __init__(self, device: torch.device) -> None:
-        # fp64: evaluation may add many small terms, and a scalar costs nothing.
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._size = 0
+    Of losses with several terms (see `Loss.term`) it is the sum of each term's mean.
+    """
 
-    def update(self, total: Tensor, size: int) -> None:
-        """Adds a batch's mean loss `total` (a scalar) over `size` samples."""
-        self._sum += total.detach().double() * size
-        self._size += size
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._sizes: dict[str, int] = {}
+
+    def update(self, loss: Loss, size: int) -> None:
+        """Adds a batch's loss, a mean over `size` samples."""
+        # fp64: evaluation may add many small numbers, and a scalar costs nothing.
+        self._sums[loss.term] = self._sums.get(loss.term, 0) + loss.total.detach().double() * size
+        self._sizes[loss.term] = self._sizes.get(loss.term, 0) + size
 
     def compute(self) -> float:
         """The mean; waits for the device."""
-        return self._sum.item() / self._size if self._size else math.nan
+        means = [total.item() / self._sizes[term] for term, total in self._sums.items()]
+        return sum(means) if means else math.nan
 
 
 class MeanError:

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastft import evaluate
 from fastft.checkpoint import latest_checkpoint
+from fastft.loop import score
 
 pytestmark = pytest.mark.usefixtures("project")
 
@@ -34,6 +37,24 @@ def test_only_the_weights_are_read(fastft: Callable[..., Any]) -> None:
     outcome = fastft("evaluate", "run.toml")
     assert outcome.code == 2
     assert "ema.safetensors: must be as it was saved; got other content" in outcome.errors
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_algorithms_are_those_of_training(
+    fastft: Callable[..., Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = f"run.deterministic={str(deterministic).lower()}"
+    assert fastft("train", "run.toml", setting).code == 0
+    seen = []
+
+    def noted(*arguments: Any) -> dict[str, float]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return score(*arguments)
+
+    monkeypatch.setattr(evaluate, "score", noted)
+    assert fastft("evaluate", "run.toml", setting).code == 0
+    assert seen == [deterministic]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def damage(path: Path) -> None:

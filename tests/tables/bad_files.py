@@ -306,6 +306,17 @@ OTHER_COMMANDS = [
         before=train,
     ),
     case(
+        "export over a file",
+        "export run.toml --to model.py",
+        "--to: must be a new file; got 'model.py', which exists; name another, or remove it first",
+        before=train,
+    ),
+    case(
+        "conversion over a file",
+        "convert options.yaml --to run.toml",
+        "--to: must be a new file; got 'run.toml', which exists; name another, or remove it first",
+    ),
+    case(
         "nothing to show",
         "show absent.pt",
         "absent.pt: must be a checkpoint; got no such file; check the path",

@@ -32,7 +32,7 @@ WAYS: dict[str, Sequence[str]] = {
 
 
 def tell(numbers: Sequence[int] = NUMBERS, more: Sequence[str] = ()) -> None:
-    """Runs everything; folders of earlier runs are emptied first.
+    """Runs everything; what earlier runs left is removed first.
 
     Args:
         numbers: of structures of the new level.
@@ -51,7 +51,9 @@ def tell(numbers: Sequence[int] = NUMBERS, more: Sequence[str] = ()) -> None:
     def pretrain() -> None:
         run("pretrain", "pretrain.toml", *more)
         export = ("export", *_arguments("pretrain", "pretrain.toml", *more))
-        _call("export", *export, "--to", str(FOLDER / "pretrained.ckpt"))
+        path = FOLDER / "pretrained.ckpt"
+        path.unlink(missing_ok=True)
+        _call("export", *export, "--to", str(path))
 
     timed("pretrain", pretrain)
     for number in numbers:

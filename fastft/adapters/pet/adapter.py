@@ -15,7 +15,7 @@ from fastft.adapters.criterion import refuse_terms
 from fastft.adapters.pet.baseline import composition, fit_baseline
 from fastft.adapters.pet.batch import collate
 from fastft.adapters.pet.build import build_model, trained_by_heads
-from fastft.adapters.pet.checkpoint import describe, save
+from fastft.adapters.pet.checkpoint import SUFFIX, describe, save
 from fastft.adapters.pet.checks import atoms_checks
 from fastft.adapters.pet.data import Structures, open_structures, with_neighbours
 from fastft.adapters.pet.energy import make_block
@@ -67,6 +67,7 @@ class PetAdapter:
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
         self._model: PET | None = None
+        self._new: tuple[str, ...] = ()
         self.checks: Sequence[DataCheck] = atoms_checks(self._units, self._reference)
 
     @classmethod
@@ -112,14 +113,14 @@ class PetAdapter:
         # The checks hold the dict.
         self._units.clear()
         self._units.update({name: unit_of(model, name) for name in targets.names})
-        self._model = model
+        self._model, self._new = model, built.new
         self._adaptive = adaptive_settings(model)
         model.to(device)
         if options.kernels == "auto" and by_default(device) and options.dtype == "float32":
             use_kernels(model)
         return Task(
             model=model,
-            loss=PetLoss(options, targets.names),
+            loss=PetLoss(options, targets.names, mixed=targets.mixed),
             blocks=[make_block(model)],
             heads=trained_by_heads(model, options, targets.trained),
             metrics={"errors": PetScores(self._units)},
@@ -131,12 +132,13 @@ class PetAdapter:
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
-        """Of a checkpoint of upstream's, as `build` made its model; None for any other file."""
-        if path.suffix != ".ckpt":
+        """Of a checkpoint of upstream's, which `build` has read; None for any other file."""
+        if path.suffix != SUFFIX:
             return None
-        built = build_model(self.options, self.targets, path)
-        tensors = built.model.state_dict()
-        return {name: tensor for name, tensor in tensors.items() if name not in built.new}
+        assert self._model is not None
+        # Copies, since the model is filled from them.
+        tensors = self._model.state_dict().items()
+        return {name: tensor.clone() for name, tensor in tensors if name not in self._new}
 
     def dataset(self, source: DataSource, split: Split) -> Structures:
         """A file that ASE reads."""

@@ -166,7 +166,7 @@ def _from_checkpoint(
             f"{checkpoint}: must be a model of lengths in angstrom, as ASE gives them; got"
             f" '{info.length_unit}'; convert data and model with upstream"
         )
-    known = tuple(info.targets)
+    known = {name: target.unit for name, target in info.targets.items()}
     new = fit_targets(model, options, targets)
     fresh = tuple(target for target in targets.trained if target not in known)
     return Built(model, new, fresh, tuple(describe_fit(known, options, targets)))

@@ -24,18 +24,21 @@ class PetLoss:
 
     Every structure belongs to the target that `batch["target"]` [B] counts, and is predicted by its
     heads. Errors are means over a target's own labels; with several targets, their losses add up,
-    and parts are named 'energy/pbe0:forces'.
+    as upstream's of one batch, and parts are named 'energy/pbe0:forces'.
 
     Labels that are NaN do not count; parts that a batch has no labels for are left out. Predictions
     are in each target's unit and angstrom: `energy` [B], `forces` [N, 3], `stress` [B, 3, 3].
 
     Args:
         targets: their names, as `batch["target"]` counts them.
+        mixed: whether training batches hold several, so that they add up in evaluation, too, where
+            each batch holds one.
     """
 
-    def __init__(self, options: PetOptions, targets: Sequence[str]) -> None:
+    def __init__(self, options: PetOptions, targets: Sequence[str], *, mixed: bool = True) -> None:
         self._options = options
         self._targets = tuple(targets)
+        self._adds_up = mixed and len(self._targets) > 1
         self._baselines = [Baseline(target) for target in targets]
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Loss:
@@ -77,7 +80,9 @@ class PetLoss:
             weighted.append(getattr(options.loss, part) * parts[name])
         # Without labels nothing is learnt.
         total = torch.stack(weighted).sum() if weighted else 0 * network.sum()
-        return Loss(total, {n: part.detach() for n, part in parts.items()}, predictions)
+        held = {index for index, _ in batch["labels"]}
+        term = self._targets[held.pop()] if self._adds_up and len(held) == 1 else ""
+        return Loss(total, {n: part.detach() for n, part in parts.items()}, predictions, term)
 
     def _baseline(self, model: PET, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each atom's energy alone `[N]`, and each structure's scale `[B]`; float64."""

@@ -24,6 +24,8 @@ LAST_LAYERS = ("node_last_layers", "edge_last_layers")
 HEADS = ("node_heads", "edge_heads", *LAST_LAYERS)
 _BUFFERS = ("scaler_buffer", "per_target_scaler_buffer", "per_property_scaler_buffer")
 ENERGY = "energy"
+# Of a new target.
+_DEFAULT_UNIT = "eV"
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class RunTargets:
     Attributes:
         trained: those of training data sets.
         evaluated: further ones, of validation and test data.
+        mixed: whether training batches may hold several.
     """
 
     trained: tuple[str, ...]
     evaluated: tuple[str, ...] = ()
+    mixed: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +64,7 @@ def find_targets(options: PetOptions, data: DataConfig) -> RunTargets:
         for sources in (data.train, [*data.validation, *data.test])
     )
     more = tuple(name for name in evaluated if name not in trained)
-    found = RunTargets(tuple(trained), more)
+    found = RunTargets(tuple(trained), more, mixed=data.mixing == "sample")
     problems = [
         f"model.options.targets: must be named by data sets, and not be model.options.target; got"
         f" '{name}'{nearest(name, found.names)}"
@@ -102,7 +106,7 @@ def make_infos(options: PetOptions, targets: Sequence[str]) -> dict[str, TargetI
     infos = {}
     for target in targets:
         where, own = settings_of(options, target)
-        text = {"unit": own.unit or "eV", "description": own.description}
+        text = {"unit": own.unit or _DEFAULT_UNIT, "description": own.description}
         try:
             infos[target] = get_energy_target_info(
                 target, cast(Any, text), options.forces, options.stress
@@ -144,11 +148,13 @@ def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[s
     return tuple(new)
 
 
-def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets) -> Iterator[str]:
+def describe_fit(
+    known: Mapping[str, str], options: PetOptions, targets: RunTargets
+) -> Iterator[str]:
     """What becomes of targets, for the load report.
 
     Args:
-        known: the checkpoint's.
+        known: units of the checkpoint's targets, by name; empty where it states none.
     """
     rescaled = "rescaled" if options.rescale_heads else "not rescaled"
     for target in targets.trained:
@@ -156,8 +162,14 @@ def describe_fit(known: Sequence[str], options: PetOptions, targets: RunTargets)
             fit = f"are fitted anew, its heads {rescaled}" if options.fit == "always" else "stay"
             yield f"target '{target}': its composition energies and scale {fit}"
         else:
-            source = settings_of(options, target)[1].inherit_heads
+            own = settings_of(options, target)[1]
+            source = own.inherit_heads
             start = f"start as those of '{source}', {rescaled}" if source else "start at random"
+            if source and not known[source]:
+                unit = own.unit or _DEFAULT_UNIT
+                start += (
+                    f"; '{source}' states no unit and is taken to be in {unit}, as '{target}' is"
+                )
             yield f"new target '{target}': its heads {start}"
     others = [name for name in known if name not in targets.trained]
     kept = [name for name in others if options.keep_targets or name in targets.evaluated]

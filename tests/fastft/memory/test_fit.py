@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastft.blocks import KEEP, RECOMPUTE
-from fastft.config import MemoryConfig, RunConfig
+from fastft.config import RunConfig
 from fastft.errors import ConfigError, PlanError
 from fastft.memory import fit, fit_batch, fitted_before
 from fastft.memory.fit import with_batch_size
@@ -22,12 +22,13 @@ from fastft.task import Batch
 CUDA = torch.device("cuda", 0)
 
 
-def make_config(folder: Path, **data: Any) -> RunConfig:
+def make_config(folder: Path, *, plan: str = "auto", **data: Any) -> RunConfig:
     tree = {
         "run": {"folder": str(folder), "steps": 4},
         "model": {"adapter": "timm", "options": {"name": "none", "num_classes": 1}},
         "data": {"train": [{"path": "none"}], "batch_size": "fit", "samples_per_step": 24, **data},
         "optim": {"lr": 0.1},
+        "memory": {"plan": plan},
     }
     return parse(RunConfig, tree, where="run.toml")
 
@@ -121,7 +122,7 @@ def test_without_a_plan_nothing_is_recomputed(
 ) -> None:
     """A later start, which fits nothing, would keep everything."""
     device = Device(0, 5, monkeypatch)
-    config = replace(make_config(tmp_path), memory=MemoryConfig(plan="off"))
+    config = make_config(tmp_path, plan="off")
     with pytest.raises(PlanError, match=r"^data.batch_size: .* fits with everything kept; set"):
         device.fit(config)
     assert device.way == KEEP.name
@@ -141,6 +142,17 @@ def test_a_number_stays_and_a_cpu_is_refused(tmp_path: Path) -> None:
     assert fitted_before(config) is config
     with pytest.raises(ConfigError, match="'fit' needs a GPU"):
         fit_batch(make_config(tmp_path), *rest)
+
+
+def test_a_plan_to_replay_wants_its_own_size(tmp_path: Path) -> None:
+    assert make_config(tmp_path, batch_size=8, plan="plan.json").memory.plan == Path("plan.json")
+    message = (
+        "run.toml: memory.plan: must be 'auto' or 'off' with data.batch_size = 'fit', since a plan"
+        " is for micro-batches of one size; got 'plan.json'; set data.batch_size to that size"
+    )
+    with pytest.raises(ConfigError) as caught:
+        make_config(tmp_path, plan="plan.json")
+    assert caught.value.problems == (message,)
 
 
 def test_samples_per_step_and_accumulate(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from fastft.config import MetricConfig
 from fastft.errors import ConfigError, DataError
 from fastft.metrics import MeanLoss, make_metrics
-from fastft.task import Batch, Metric
+from fastft.task import Batch, Loss, Metric
 
 CPU = torch.device("cpu")
 
@@ -238,8 +238,15 @@ def test_mean_errors_keep_float64() -> None:
 
 
 def test_the_mean_loss_weighs_batches_by_their_size() -> None:
-    mean = MeanLoss(CPU)
-    mean.update(torch.tensor(1.0, requires_grad=True), 30)
-    mean.update(torch.tensor(4.0, dtype=torch.bfloat16), 10)
+    mean = MeanLoss()
+    mean.update(Loss(torch.tensor(1.0, requires_grad=True)), 30)
+    mean.update(Loss(torch.tensor(4.0, dtype=torch.bfloat16)), 10)
     assert mean.compute() == 1.75
-    assert math.isnan(MeanLoss(CPU).compute())
+    assert math.isnan(MeanLoss().compute())
+
+
+def test_the_mean_losses_of_terms_add_up() -> None:
+    mean = MeanLoss()
+    for term, total, size in (("a", 1.0, 30), ("b", 2.0, 5), ("a", 4.0, 10)):
+        mean.update(Loss(torch.tensor(total), term=term), size)
+    assert mean.compute() == 1.75 + 2

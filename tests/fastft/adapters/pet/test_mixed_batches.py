@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from metatrain.utils.data.target_info import get_energy_target_info
 from fastft.adapters.pet.baseline import fit_baseline
 from fastft.adapters.pet.loss import PetLoss
 from fastft.config import DataSource
-from fastft.task import Batch
+from fastft.loop import score
+from fastft.precision import make_precision
+from fastft.task import Batch, Task
 
 TARGETS = ("energy", "energy/new")
 
@@ -58,6 +61,25 @@ def test_losses_of_targets_add_up(mixed: Any) -> None:
     assert together.keys() == apart.keys()
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, apart[name], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("mixed_in_training", [True, False])
+def test_evaluation_adds_up_what_training_does(mixed: Any, mixed_in_training: bool) -> None:
+    """Its batches hold structures of one data set."""
+    adapter, model, samples = mixed
+    # More of one than of the other.
+    samples = samples[:9]
+    loss = PetLoss(adapter.options, TARGETS, mixed=mixed_in_training)
+    whole = loss(model, make_batch(adapter, samples))
+    apart = [make_batch(adapter, [s for s in samples if s["target"] == i]) for i in (0, 1)]
+    loader: Any = SimpleNamespace(batches=lambda: apart)
+    found = score(Task(model, loss), loader, {}, make_precision("fp32", torch.device("cpu")))
+    if mixed_in_training:
+        expected = whole.total.item()
+    else:
+        losses = [loss(model, batch).total.item() for batch in apart]
+        expected = (5 * losses[0] + 4 * losses[1]) / 9
+    assert found["loss"] == pytest.approx(expected)
 
 
 def test_a_target_without_structures(mixed: Any) -> None:

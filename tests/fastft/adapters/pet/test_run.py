@@ -9,6 +9,7 @@ import ase.io
 import pytest
 import tomli_w
 import torch
+from metatrain.pet import PET
 from safetensors.torch import load_file
 from upstream_pet import Upstream
 
@@ -104,6 +105,23 @@ def test_what_a_checkpoint_has(pet_run: str, fastft: Any) -> None:
         "old.ckpt: must hold the whole model; it lacks backend.node_heads.energy/x, backend.edge"
     )
     assert outcome.errors.startswith(f"fastft: {lacks}")
+
+
+def test_a_checkpoint_is_read_once(
+    pet_run: str, fastft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(fastft, "train", pet_run)
+    done(fastft, "export", pet_run, "--to", "old.ckpt")
+    read = []
+
+    def noted(path: Path) -> PET | None:
+        read.append(path)
+        return read_model(path)
+
+    monkeypatch.setattr("fastft.adapters.pet.build.read_model", noted)
+    settings = ("model.checkpoint=old.ckpt", "model.options.lora={}", "--dry-run")
+    done(fastft, "train", pet_run, *settings)
+    assert read == [Path("old.ckpt")]
 
 
 @pytest.mark.parametrize("method", ["full", "heads", "lora"])

@@ -15,7 +15,7 @@ from upstream_pet import Upstream
 
 from fastft.adapters.pet.baseline import fit_baseline
 from fastft.checkpoint import Weights, load_weights
-from fastft.config import DataSource, ModelConfig
+from fastft.config import DataSource, ModelConfig, NewHead
 from fastft.errors import CheckpointError, ConfigError
 from fastft.task import Batch
 
@@ -45,10 +45,10 @@ def predict(adapter: Any, task: Any, data: Any) -> dict[str, torch.Tensor]:
         return task.loss(task.model, Batch(adapter.collate(samples), len(samples))).predictions
 
 
-def load(adapter: Any, task: Any, path: Path) -> Any:
+def load(adapter: Any, task: Any, path: Path, **heads: NewHead) -> Any:
     weights = Weights(path, "torch", dict(adapter.weights(path)))
     config = ModelConfig(adapter="pet")
-    return load_weights(task.model, weights, config, {}, [*task.added, *task.low_rank])
+    return load_weights(task.model, weights, config, heads, [*task.added, *task.low_rank])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
@@ -81,6 +81,20 @@ def test_a_checkpoint_loads_as_it_was(
     data = adapter.dataset(DataSource(path=atoms_file), "train")
     for name, predicted in predict(adapter, again, data).items():
         assert torch.equal(predicted, ours[name])
+
+
+def test_heads_change_places(saved: Any, make_adapter: Any, build: Any) -> None:
+    """What one is filled with is the checkpoint's, whatever has become of the other."""
+    path, task, _ = saved()
+    places = ["backend.node_heads.energy", "backend.edge_heads.energy"]
+    adapter = make_adapter()
+    again = build(adapter, path)
+    swapped = zip(places, reversed(places), strict=True)
+    load(adapter, again, path, **{to: NewHead(init="inherit", source=a) for to, a in swapped})
+    for one, other in (places, reversed(places)):
+        old = task.model.get_submodule(one).state_dict()
+        for name, tensor in again.model.get_submodule(other).state_dict().items():
+            assert torch.equal(tensor, old[name])
 
 
 def test_training_goes_on_upstream(saved: Any) -> None:

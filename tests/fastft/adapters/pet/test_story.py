@@ -67,6 +67,7 @@ def test_the_story_scaled_down(project: Path, load: Any, monkeypatch: Any, capsy
     monkeypatch.setattr(story, "DRAWS", (1,))
     # As a rerun finds it.
     story.run("pretrain", "pretrain.toml", "run.steps=1", "optim.schedule.warmup_steps=0")
+    Path("runs/g2/pretrained.ckpt").touch()
     story.tell((4,), ("run.steps=2", "optim.schedule.warmup_steps=0", "log.every_steps=1"))
     monkeypatch.setattr(report.sys, "argv", ["report.py"])
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """Several targets, low-rank updates, and under which names exports hold what."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -364,6 +365,31 @@ def test_bad_targets(tuned: Any, targets: Any, options: Any, message: str | None
     with pytest.raises(ConfigError) as error:
         tuned(*targets, **options)
     assert error.value.problems[0].startswith(message)
+
+
+def test_losses_of_targets_add_up_where_batches_mix_them(
+    make_adapter: Any, build: Any, checkpoint: Path, atoms_file: Path
+) -> None:
+    for mixing, targets, term in (
+        ("sample", ["energy", NEW], NEW),
+        ("batch", ["energy", NEW], ""),
+        ("sample", [NEW], ""),
+    ):
+        adapter = make_adapter(elements=[], dtype="float64")
+        adapter.expect(replace(data_of(atoms_file, targets), mixing=mixing))
+        assert loss_of(adapter, build(adapter, checkpoint), atoms_file, NEW).term == term
+
+
+@pytest.mark.parametrize(("unit", "taken"), [(None, "eV"), ("Hartree", "Hartree")])
+def test_heads_without_a_unit(tuned: Any, checkpoint: Path, unit: Any, taken: str) -> None:
+    options = {"target": NEW, "inherit_heads": "energy", "unit": unit}
+    started = f"new target '{NEW}': its heads start as those of 'energy', rescaled"
+    assert tuned(NEW, **options)[1].notes[0] == started
+    content = torch.load(checkpoint, weights_only=False)
+    content["model_data"]["dataset_info"].targets["energy"].unit = ""
+    torch.save(content, checkpoint)
+    said = f"; 'energy' states no unit and is taken to be in {taken}, as '{NEW}' is"
+    assert tuned(NEW, **options)[1].notes[0] == started + said
 
 
 def test_heads_of_another_quantity(tuned: Any, checkpoint: Path) -> None:
