@@ -14,7 +14,7 @@ from torch import Tensor
 from fastft.adapters.criterion import refuse_terms
 from fastft.adapters.pet.baseline import composition, fit_baseline
 from fastft.adapters.pet.batch import collate
-from fastft.adapters.pet.build import build_model, trained_by_heads
+from fastft.adapters.pet.build import build_model, start_anew, trained_by_heads
 from fastft.adapters.pet.checkpoint import SUFFIX, describe, save
 from fastft.adapters.pet.checks import atoms_checks
 from fastft.adapters.pet.data import Structures, open_structures, with_neighbours
@@ -132,13 +132,17 @@ class PetAdapter:
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
-        """Of a checkpoint of upstream's, which `build` has read; None for any other file."""
+        """Of a checkpoint of upstream's, which `build` has read; None for any other file.
+
+        The model is left at random, so that what the core does not fill starts anew.
+        """
         if path.suffix != SUFFIX:
             return None
         assert self._model is not None
-        # Copies, since the model is filled from them.
-        tensors = self._model.state_dict().items()
-        return {name: tensor.clone() for name, tensor in tensors if name not in self._new}
+        state = self._model.state_dict().items()
+        tensors = {name: tensor.clone() for name, tensor in state if name not in self._new}
+        start_anew(self._model, tensors)
+        return tensors
 
     def dataset(self, source: DataSource, split: Split) -> Structures:
         """A file that ASE reads."""

@@ -1,6 +1,6 @@
 """Making upstream's PET, from its options or from one of its checkpoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -77,6 +77,15 @@ def build_model(options: PetOptions, targets: RunTargets, checkpoint: Path | Non
     model.additive_models.to(torch.float64)
     model.scaler.to(torch.float64)
     return built
+
+
+def start_anew(model: PET, names: Container[str]) -> None:
+    """Puts the parameters of these names at random, as upstream starts them."""
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if any(f"{prefix}.{name}" in names for name in own):
+            # Upstream has torch's layers only, and starts them as torch does.
+            cast(Any, module).reset_parameters()
 
 
 def trained_by_heads(model: PET, options: PetOptions, targets: Sequence[str]) -> list[str]:

@@ -97,6 +97,26 @@ def test_heads_change_places(saved: Any, make_adapter: Any, build: Any) -> None:
             assert torch.equal(tensor, old[name])
 
 
+@pytest.mark.parametrize("lora", [None, {}])
+@pytest.mark.parametrize("head", ["backend.node_heads.energy", "backend"])
+def test_new_heads_are_not_the_checkpoints(
+    saved: Any, make_adapter: Any, build: Any, head: str, lora: Any
+) -> None:
+    path, _, _ = saved()
+    content = torch.load(path, weights_only=False)
+    for name, tensor in content["best_model_state_dict"].items():
+        if name.startswith("backend.") and tensor.is_floating_point():
+            tensor.fill_(7)
+    torch.save(content, path)
+    adapter = make_adapter(lora=lora)
+    task = build(adapter, path)
+    report = load(adapter, task, path, **{head: NewHead()})
+    for name, parameter in task.model.named_parameters():
+        assert (parameter != 7).all() if name in report.new else (parameter == 7).all(), name
+    # Updates, which no checkpoint fills, still add nothing.
+    assert not any(p.any() for n, p in task.model.named_parameters() if ".lora_B." in n)
+
+
 def test_training_goes_on_upstream(saved: Any) -> None:
     path, _, _ = saved()
     for context in ("restart", "finetune"):
