@@ -57,7 +57,10 @@ class TargetOptions:
     ] = None
     unit: Annotated[
         str | None,
-        Field(description="Unit of the energies; default: the checkpoint's, 'eV' of a new target."),
+        Field(
+            description="Unit of the energies; default: the checkpoint's, 'eV' of a new target. A"
+            " checkpoint's that states another is refused."
+        ),
     ] = None
     description: Annotated[str, Field(description="Of a new target, for who reads the model.")] = ""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from metatomic.torch import unit_conversion_factor
 from metatrain.pet import PET
 from metatrain.pet.modules.finetuning import copy_head_weights
 from metatrain.utils.data import DatasetInfo
@@ -108,6 +109,8 @@ def make_infos(options: PetOptions, targets: Sequence[str]) -> dict[str, TargetI
         where, own = settings_of(options, target)
         text = {"unit": own.unit or _DEFAULT_UNIT, "description": own.description}
         try:
+            # metatomic takes a unit of anything for a target.
+            unit_conversion_factor(text["unit"], _DEFAULT_UNIT)
             infos[target] = get_energy_target_info(
                 target, cast(Any, text), options.forces, options.stress
             )
@@ -122,6 +125,8 @@ def make_infos(options: PetOptions, targets: Sequence[str]) -> dict[str, TargetI
 def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[str, ...]:
     """Adds the targets that the checkpoint lacks, and drops those that are not wanted.
 
+    Those of the checkpoint that state no unit get the run file's.
+
     Returns:
         Names of the tensors that are not the checkpoint's.
 
@@ -131,6 +136,10 @@ def fit_targets(model: PET, options: PetOptions, targets: RunTargets) -> tuple[s
     known = dict(model.dataset_info.targets)
     if problems := list(_misfits(known, options, targets)):
         raise ConfigError(problems)
+    unitless = [name for name in targets.names if name in known and not known[name].unit]
+    stated = [name for name in unitless if settings_of(options, name)[1].unit]
+    for target, info in make_infos(options, stated).items():
+        _set_unit(model, target, info.unit)
     fresh = [name for name in targets.trained if name not in known]
     before = set(model.state_dict())
     if fresh:
@@ -157,6 +166,12 @@ def describe_fit(
         known: units of the checkpoint's targets, by name; empty where it states none.
     """
     rescaled = "rescaled" if options.rescale_heads else "not rescaled"
+    for target in targets.names:
+        where, own = settings_of(options, target)
+        if own.unit and known.get(target) == "":
+            yield (
+                f"target '{target}': the checkpoint states no unit; it is {own.unit}, from {where}"
+            )
     for target in targets.trained:
         if target in known:
             fit = f"are fitted anew, its heads {rescaled}" if options.fit == "always" else "stay"
@@ -165,7 +180,7 @@ def describe_fit(
             own = settings_of(options, target)[1]
             source = own.inherit_heads
             start = f"start as those of '{source}', {rescaled}" if source else "start at random"
-            if source and not known[source]:
+            if source and not (known[source] or settings_of(options, source)[1].unit):
                 unit = own.unit or _DEFAULT_UNIT
                 start += (
                     f"; '{source}' states no unit and is taken to be in {unit}, as '{target}' is"
@@ -248,11 +263,20 @@ def _misfits(
                 f"model.options.target: must be an energy; got '{target}', which is another"
                 " quantity in the checkpoint; name a variant of its own, such as 'energy/new'"
             )
-        elif own.unit is not None and own.unit != info.unit:
+        elif own.unit is not None and info.unit and own.unit != info.unit:
             yield (
                 f"{where}.unit: must be that of the checkpoint's '{target}', '{info.unit}'; got"
                 f" '{own.unit}'; convert the data, or name a new target"
             )
+
+
+def _set_unit(model: PET, target: str, unit: str) -> None:
+    """In what checkpoints hold, and in what each part was made with from it."""
+    model.dataset_info.targets[target].unit = unit
+    parts: list[Any] = [model, *model.additive_models, model.scaler]
+    for part in parts:
+        if target in part.outputs:
+            part.outputs[target].unit = unit
 
 
 def _add(model: PET, infos: dict[str, TargetInfo]) -> None:

@@ -2,14 +2,17 @@
 
 import gzip
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import ase.units
 import metatrain.pet
 import pytest
 import torch
 from ase.md.verlet import VelocityVerlet
 from metatomic_ase import MetatomicCalculator
 from metatrain.pet.modules.finetuning import apply_finetuning_strategy
+from metatrain.utils.data import DatasetInfo
+from metatrain.utils.data.target_info import get_energy_target_info
 from metatrain.utils.io import load_model, trainer_from_checkpoint
 from upstream_pet import Upstream
 
@@ -123,6 +126,37 @@ def test_training_goes_on_upstream(saved: Any) -> None:
         content = torch.load(path, weights_only=False)
         trainer_from_checkpoint(content, context, {})
         assert load_model(path).dataset_info.targets["energy"].unit == "eV"
+
+
+def test_a_unit_that_the_checkpoint_does_not_state(
+    saved: Any, make_adapter: Any, build: Any, atoms_file: Path, structures: Any, tmp_path: Path
+) -> None:
+    path, _, ours = saved(dtype="float64")
+    content = torch.load(path, weights_only=False)
+    content["model_data"]["dataset_info"].targets["energy"].unit = ""
+    torch.save(content, path)
+    adapter = make_adapter(elements=[], dtype="float64", unit="Hartree")
+    task = build(adapter, path)
+    assert list(task.notes) == [
+        "target 'energy': the checkpoint states no unit; it is Hartree, from model.options",
+        "target 'energy': its composition energies and scale stay",
+    ]
+    found = predict(adapter, task, adapter.dataset(DataSource(path=atoms_file), "train"))
+    assert torch.equal(found["energy"], ours["energy"])
+    adapter.save(task, tmp_path / "new.ckpt")
+    # Upstream goes on in no other unit than the checkpoint's.
+    stated: Any = {"unit": "Hartree", "description": ""}
+    target = get_energy_target_info("energy", stated, True, False)
+    info = DatasetInfo("angstrom", [1, 6, 8], {"energy": target})
+    before, after = (cast(Any, load_model(file)) for file in (path, tmp_path / "new.ckpt"))
+    with pytest.raises(ValueError, match="different target information for target 'energy'"):
+        before.restart(info)
+    for model in (after.restart(info), task.model):
+        model.export().save(str(tmp_path / "new.pt"))
+        atoms = structures[9].copy()
+        atoms.calc = MetatomicCalculator(str(tmp_path / "new.pt"))
+        energy = ours["energy"][9].item() * ase.units.Hartree
+        assert atoms.get_potential_energy() == pytest.approx(energy, rel=1e-8)
 
 
 def test_molecular_dynamics(saved: Any, structures: Any, tmp_path: Path) -> None:

@@ -380,14 +380,34 @@ def test_losses_of_targets_add_up_where_batches_mix_them(
         assert loss_of(adapter, build(adapter, checkpoint), atoms_file, NEW).term == term
 
 
+def take_unit_off(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    content["model_data"]["dataset_info"].targets["energy"].unit = ""
+    torch.save(content, checkpoint)
+
+
+def test_heads_of_a_target_whose_unit_is_stated(tuned: Any, checkpoint: Path) -> None:
+    take_unit_off(checkpoint)
+    options = {"unit": "eV", "targets": {NEW: {"inherit_heads": "energy", "unit": "Hartree"}}}
+    _, task = tuned("energy", NEW, **options)
+    assert not any("taken to be" in note for note in task.notes)
+    old, new = (Baseline(target)(task.model)[1] for target in ("energy", NEW))
+    assert (old / new).item() == pytest.approx(ase.units.Hartree, rel=1e-6)
+    _, task = tuned(NEW, evaluated="energy", target=NEW, targets={"energy": {"unit": "eV"}})
+    assert task.notes[0].endswith("no unit; it is eV, from model.options.targets.energy")
+    assert task.model.dataset_info.targets["energy"].unit == "eV"
+    for unit in ("furlong", "angstrom"):
+        message = rf"model\.options\.unit: must be an energy's unit that metatomic .*got '{unit}'"
+        with pytest.raises(ConfigError, match=message):
+            tuned("energy", unit=unit)
+
+
 @pytest.mark.parametrize(("unit", "taken"), [(None, "eV"), ("Hartree", "Hartree")])
 def test_heads_without_a_unit(tuned: Any, checkpoint: Path, unit: Any, taken: str) -> None:
     options = {"target": NEW, "inherit_heads": "energy", "unit": unit}
     started = f"new target '{NEW}': its heads start as those of 'energy', rescaled"
     assert tuned(NEW, **options)[1].notes[0] == started
-    content = torch.load(checkpoint, weights_only=False)
-    content["model_data"]["dataset_info"].targets["energy"].unit = ""
-    torch.save(content, checkpoint)
+    take_unit_off(checkpoint)
     said = f"; 'energy' states no unit and is taken to be in {taken}, as '{NEW}' is"
     assert tuned(NEW, **options)[1].notes[0] == started + said
 
