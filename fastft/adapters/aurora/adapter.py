@@ -48,6 +48,11 @@ from fastft.task import (
     Task,
 )
 
+_STATISTICS_OF_ALL = """\
+# model.options has no table of new variables, such as surf_vars = { tp = {} }. These are of all, to
+# compare with the model's: pretrained weights expect those that they were trained with.
+"""
+
 
 class AuroraAdapter:
     """Aurora's classes, with the paper's loss.
@@ -86,8 +91,9 @@ class AuroraAdapter:
         known = {key: _with_some_statistics(table) for key, table in tables.items()}
         adapter = cls(dataclasses.replace(options, rollout_steps=1, **known))
         found = compute_statistics(adapter.dataset(sources[0], "train"), most)
+        note = "" if wanted else _STATISTICS_OF_ALL
         wanted = wanted or {*adapter.variables.surf, *adapter.variables.atmos}
-        return format_statistics({n: s for n, s in found.items() if n in wanted})
+        return note + format_statistics({n: s for n, s in found.items() if n in wanted})
 
     @classmethod
     def optim_presets(cls, options: AuroraOptions) -> Mapping[str, Mapping[str, Any]]:
