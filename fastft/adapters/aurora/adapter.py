@@ -18,6 +18,7 @@ from fastft.adapters.aurora.build import (
     heads,
     longest_carried,
     low_rank,
+    low_rank_notes,
     make_variables,
     make_variant,
     timestep_hours,
@@ -124,7 +125,7 @@ class AuroraAdapter:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
         wanted = options.kernels == "auto" and by_default(device)
-        notes = use_kernels(model, options.residual) if wanted else []
+        unused = use_kernels(model, options.residual) if wanted else []
         if options.backbone == "bf16":
             keep_backbone_in_bf16(model)
         changed.to(device)
@@ -141,7 +142,7 @@ class AuroraAdapter:
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
-            notes=notes,
+            notes=[*low_rank_notes(options), *unused],
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
