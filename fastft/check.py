@@ -8,7 +8,7 @@ from fastft.adapters.registry import compute_statistics, find_adapter
 from fastft.assemble import assemble, check_run_data, open_split
 from fastft.checkpoint import describe_checkpoint
 from fastft.config import RunConfig
-from fastft.data import open_loader
+from fastft.data import SourceLoader, open_loader
 from fastft.runtime import find_device, seed_everything
 from fastft.task import Description
 
@@ -22,16 +22,18 @@ def check(config: RunConfig, console: Console) -> None:
     seed_everything(config.run.seed)
     device = find_device(config.run.device)
     task, adapter = assemble(config, device, console, pretrained=False)
-    loaders = [open_loader(adapter, config.data, seed=config.run.seed, device=device)]
-    loaders += [
-        loader
+    train = open_loader(adapter, config.data, seed=config.run.seed, device=device)
+    loaders: dict[str, SourceLoader] = {"train": train}
+    loaders |= {
+        split: loader
         for split in ("validation", "test")
         if (loader := open_split(adapter, config, split, device)) is not None
-    ]
-    check_run_data(task, adapter, config, loaders, console)
-    for loader in loaders:
+    }
+    check_run_data(task, adapter, config, list(loaders.values()), console)
+    for split, loader in loaders.items():
+        names = ", ".join(loader.names)
         console.print(
-            f"{', '.join(loader.names)}: {loader.samples:,} samples", markup=False, highlight=False
+            f"{names} ({split}): {loader.samples:,} samples", markup=False, highlight=False
         )
 
 

@@ -126,5 +126,7 @@ def nothing_fits(
     ]
     if savings:
         lines.append(f"optim.moments: {', '.join(savings)}")
-    lines.append("finetune: method = 'lora', or freezing what need not be trained, saves most")
+    # Where little is trained, as with low-rank updates already, freezing more saves little.
+    if 2 * trained > sum(p.numel() for p in step.task.model.parameters()):
+        lines.append("finetune: method = 'lora', or freezing what need not be trained, saves most")
     return lines

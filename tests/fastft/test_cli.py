@@ -105,7 +105,10 @@ def test_evaluate_names_a_split_and_a_checkpoint(fastft: Callable[..., Any]) -> 
 
 def test_check_counts_the_samples_and_shows_warnings(fastft: Callable[..., Any]) -> None:
     outcome = fastft("check", "run.toml")
-    assert outcome.output.splitlines() == ["train.npz: 40 samples", "validation.npz: 16 samples"]
+    assert outcome.output.splitlines() == [
+        "train.npz (train): 40 samples",
+        "validation.npz (validation): 16 samples",
+    ]
     arrays = dict(np.load("train.npz"))
     arrays["inputs"][3] = 0
     np.savez("train.npz", **arrays)

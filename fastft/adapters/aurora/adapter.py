@@ -18,6 +18,7 @@ from fastft.adapters.aurora.build import (
     heads,
     longest_carried,
     low_rank,
+    low_rank_notes,
     make_variables,
     make_variant,
     timestep_hours,
@@ -47,6 +48,11 @@ from fastft.task import (
     Split,
     Task,
 )
+
+_STATISTICS_OF_ALL = """\
+# model.options has no table of new variables, such as surf_vars = { tp = {} }. These are of all, to
+# compare with the model's: pretrained weights expect those that they were trained with.
+"""
 
 
 class AuroraAdapter:
@@ -86,8 +92,9 @@ class AuroraAdapter:
         known = {key: _with_some_statistics(table) for key, table in tables.items()}
         adapter = cls(dataclasses.replace(options, rollout_steps=1, **known))
         found = compute_statistics(adapter.dataset(sources[0], "train"), most)
+        note = "" if wanted else _STATISTICS_OF_ALL
         wanted = wanted or {*adapter.variables.surf, *adapter.variables.atmos}
-        return format_statistics({n: s for n, s in found.items() if n in wanted})
+        return note + format_statistics({n: s for n, s in found.items() if n in wanted})
 
     @classmethod
     def optim_presets(cls, options: AuroraOptions) -> Mapping[str, Mapping[str, Any]]:
@@ -118,7 +125,7 @@ class AuroraAdapter:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
         wanted = options.kernels == "auto" and by_default(device)
-        notes = use_kernels(model, options.residual) if wanted else []
+        unused = use_kernels(model, options.residual) if wanted else []
         if options.backbone == "bf16":
             keep_backbone_in_bf16(model)
         changed.to(device)
@@ -135,7 +142,7 @@ class AuroraAdapter:
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
-            notes=notes,
+            notes=[*low_rank_notes(options), *unused],
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

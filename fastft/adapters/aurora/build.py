@@ -300,6 +300,18 @@ def told_step(options: AuroraOptions) -> Callable[[int], int]:
     return told
 
 
+def low_rank_notes(options: AuroraOptions) -> list[str]:
+    """Says so where no step of a sample has gradients of upstream's low-rank updates."""
+    lora, mode = (argument(options, name) for name in ("use_lora", "lora_mode"))
+    if not lora or mode != "from_second" or options.rollout_steps > 1:
+        return []
+    return [
+        "low-rank updates count from the second step of a roll-out on (lora_mode = 'from_second'):"
+        " rollout_steps = 1 does not train them; set it to 2, and with data.replay"
+        " loss.pushforward = true"
+    ]
+
+
 def longest_carried(options: AuroraOptions) -> int | None:
     """Steps that a replay buffer may carry samples on for low-rank updates to be trained alone.
 

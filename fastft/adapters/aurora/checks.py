@@ -182,7 +182,11 @@ def _grid_problem(lat: np.ndarray, lon: np.ndarray) -> str:
 
 def weather_units(found: Survey, locations: Locations) -> Iterator[Finding]:
     """Means that only make sense in another unit."""
+    # The means of another level look like another unit's: humidity's of the ground, higher up.
+    swapped = any(level_order(found, locations))
     for name, content in found.variables.items():
+        if swapped and content.levels is not None:
+            continue
         if unit := likely_unit(found, name, locations):
             given, wanted, factor, offset = unit
             mean = content.moments.mean[0]

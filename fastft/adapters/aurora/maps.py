@@ -75,15 +75,20 @@ def draw_map(shown: Map) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    low, high = _limits(np.concatenate([shown.target.ravel(), shown.prediction.ravel()]))
+    if shown.unit == "°":
+        # Directions, whose colours close the circle; those of "twilight" come near the missing's.
+        low, high, colours = 0.0, 360.0, "hsv"
+    else:
+        low, high = _limits(np.concatenate([shown.target.ravel(), shown.prediction.ravel()]))
+        colours = "viridis"
     sizes = np.abs(shown.error[np.isfinite(shown.error)])
     most = float(np.percentile(sizes, _HIGHEST)) if sizes.any() else 1.0
     width, height = _panel(shown.lat, shown.lon)
     figure = Figure(figsize=(3 * width + 1.8, height + 1.7), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     target, prediction, difference = figure.subplots(1, 3, sharex=True, sharey=True)
-    image = _draw(target, shown, shown.target, "target", low, high, "viridis")
-    _draw(prediction, shown, shown.prediction, "prediction", low, high, "viridis")
+    image = _draw(target, shown, shown.target, "target", low, high, colours)
+    _draw(prediction, shown, shown.prediction, "prediction", low, high, colours)
     _explain(figure, image, [target, prediction], shown.unit)
     rmse = f"prediction − target, RMSE {shown.rmse:.3g}"
     image = _draw(difference, shown, shown.error, rmse, -most, most, "RdBu_r")

@@ -21,7 +21,8 @@ _KNOWN = {
     name: (float(location), float(normalisation.scales[name]))
     for name, location in normalisation.locations.items()
     if name in normalisation.scales
-}  # Fields of a batch, beside which targets stand under their variables' names.
+}
+# Fields of a batch, beside which targets stand under their variables' names.
 _RESERVED = ("surf", "atmos", "static", "lat", "lon", "time", "levels")
 
 

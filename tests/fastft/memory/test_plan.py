@@ -285,24 +285,39 @@ def test_a_batch_that_was_tried_is_no_advice(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_weights_and_gradients_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def why_nothing_fits(
+    layers: int, trained: slice, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, ...]:
+    """Layers of 1 GiB, some of them trained, in 1 GiB."""
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(2**14, 2**14, bias=False))
+        model = nn.Sequential(*(nn.Linear(2**14, 2**14, bias=False) for _ in range(layers)))
     one = Task(model, lambda model, batch: Loss(torch.zeros(())))
     held = SimpleNamespace(
         task=one,
         optimizer=SimpleNamespace(
-            parameters=dict(model.named_parameters()), config=OptimConfig(lr=1.0)
+            parameters=dict(list(model.named_parameters())[trained]), config=OptimConfig(lr=1.0)
         ),
     )
     monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: None)
     with pytest.raises(PlanError) as raised:
         make_plan(cast(Any, held), forwards_of(one), [Batch({}, 8)], 2**30, quiet())
-    assert raised.value.problems == (
+    return raised.value.problems
+
+
+def test_weights_and_gradients_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_nothing_fits(1, slice(None), monkeypatch) == (
         "memory.budget: no plan fits 1.00 GiB, and no block to recompute; weights and"
         " gradients take 2.00 GiB, the optimizer's state 2.00 GiB",
         "optim.moments: 'bf16' saves 1.00 GiB, '8bit' saves 1.50 GiB",
         "finetune: method = 'lora', or freezing what need not be trained, saves most",
+    )
+
+
+def test_freezing_is_no_advice_where_most_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_nothing_fits(3, slice(1), monkeypatch) == (
+        "memory.budget: no plan fits 1.00 GiB, and no block to recompute; weights and"
+        " gradients take 4.00 GiB, the optimizer's state 2.00 GiB",
+        "optim.moments: 'bf16' saves 1.00 GiB, '8bit' saves 1.50 GiB",
     )
 
 

@@ -182,6 +182,21 @@ def test_upstreams_lora_alone_can_be_trained(
     )
 
 
+def test_updates_that_one_step_does_not_train_are_said(
+    make_adapter: Any, build: Any, make_samples: Any
+) -> None:
+    updates = {"use_lora": True, "lora_mode": "from_second"}
+    for steps, trains in ((1, False), (2, True)):
+        adapter = make_adapter(rollout_steps=steps, arguments=updates)
+        task = build(adapter)
+        assert len(task.notes) == (0 if trains else 1)
+        task.loss(task.model, Batch(adapter.collate(make_samples(adapter)), 2)).total.backward()
+        assert {task.model.get_parameter(n).grad is not None for n in task.low_rank} == {trains}
+    assert not build(make_adapter(arguments={"use_lora": True})).notes
+    # That class has them by default.
+    assert build(make_adapter(model_class="AuroraWave")).notes
+
+
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'aurora'", name="aurora")

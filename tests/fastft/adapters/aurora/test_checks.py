@@ -200,6 +200,16 @@ def test_swapped_levels(name: str, order: list[int], got: str) -> None:
     assert {f.where.split(" at ")[0] for f in found} == {finding.where}
 
 
+def test_swapped_levels_are_no_other_unit() -> None:
+    samples = make_samples()
+    for sample in samples:
+        for key in ("atmos", "target_atmos"):
+            sample[key] = {name: values[:, ::-1] for name, values in sample[key].items()}
+    errors = [f for f in findings(samples) if f.severity == "error"]
+    assert {f.check for f in errors} == {"level-order"}
+    assert {f.where for f in errors} == {"era5 (train): z", "era5 (train): t"}
+
+
 def test_an_inversion_near_the_ground_is_no_swap() -> None:
     def invert(values: np.ndarray) -> np.ndarray:
         values[:, 3] = values[:, 2] - 1

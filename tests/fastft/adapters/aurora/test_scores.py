@@ -1,5 +1,6 @@
 """Weighted RMSE and ACC against float64 by hand and other definitions, climatologies, maps."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,11 @@ def test_a_map_has_one_scale_for_both_fields() -> None:
     titles = [axes.get_title("left") for axes in figure.axes if axes.images]
     assert titles == ["target", "prediction", "prediction − target, RMSE 3"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"longitude, °", "m²/s²"}
+
+    directions = dataclasses.replace(shown, variable="mwd", level=None, unit="°")
+    image = next(axes.images[0] for axes in draw_map(directions).axes if axes.images)
+    # 359 and 1 degree look alike.
+    assert image.get_clim() == (0, 360)
+    assert image.to_rgba(np.array([0.0])) == pytest.approx(
+        image.to_rgba(np.array([360.0])), abs=0.1
+    )
