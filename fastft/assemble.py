@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastft.adapters.registry import find_adapter
 from fastft.blocks import BlockForwards, compile_task
-from fastft.checkpoint import Weights, load_weights, read_weights
+from fastft.checkpoint import Weights, load_weights, read_weights, start_as
 from fastft.config import LossConfig, RunConfig
 from fastft.data import SourceLoader, check_data, describe_findings, open_evaluation
 from fastft.errors import ConfigError
@@ -35,20 +35,14 @@ def assemble(
         console: where the report of what was loaded goes.
         pretrained: False where a run's own checkpoint is loaded over everything anyway.
     """
-    adapter = find_adapter(config.model)
-    make_report(adapter, config)
-    # What a model is made of may depend on the data, such as a head for each kind of label.
-    expect = getattr(adapter, "expect", None)
-    if expect is not None:
-        expect(config.data)
     path, heads = config.model.checkpoint, config.finetune.new_heads
-    task = adapter.build(
-        make_criterion(config.loss, device),
-        device=device,
-        checkpoint=path,
-        # A strict load fills the whole model, so nothing need be fetched before it.
-        pretrained=pretrained and (path is None or not config.model.strict),
-    )
+    # A strict load fills the whole model, so nothing need be fetched before it.
+    fetch = pretrained and (path is None or not config.model.strict)
+    task, adapter = _build(config, device, pretrained=fetch)
+    random = [name for name, head in heads.items() if head.init == "random"]
+    if task.pretrained and random:
+        fresh, _ = _build(config, torch.device("cpu"), pretrained=False)
+        start_as(task.model, fresh.model, random)
     if pretrained and path is not None:
         tensors = adapter.weights(path)
         weights = read_weights(path) if tensors is None else Weights(path, "torch", dict(tensors))
@@ -57,7 +51,8 @@ def assemble(
         console.print(report.table(task.notes))
     elif pretrained:
         console.print(
-            "no model.checkpoint: the weights are the adapter's, random unless it says so"
+            "no model.checkpoint: the weights are the adapter's, "
+            + ("pretrained" if task.pretrained else "random unless it says so")
         )
         for note in task.notes:
             console.print(note)
@@ -66,6 +61,18 @@ def assemble(
             own = Weights(Path("the model's own weights"), "torch", state_dict(task.model))
             load_weights(task.model, own, config.model, heads)
     apply_method(task, config.finetune)
+    return task, adapter
+
+
+def _build(config: RunConfig, device: torch.device, *, pretrained: bool) -> tuple[Task, Adapter]:
+    adapter = find_adapter(config.model)
+    make_report(adapter, config)
+    # What a model is made of may depend on the data, such as a head for each kind of label.
+    expect = getattr(adapter, "expect", None)
+    if expect is not None:
+        expect(config.data)
+    criterion, checkpoint = make_criterion(config.loss, device), config.model.checkpoint
+    task = adapter.build(criterion, device=device, checkpoint=checkpoint, pretrained=pretrained)
     return task, adapter
 
 

@@ -166,6 +166,7 @@ class TimmAdapter:
             fields=self._fields(),
             layers=_layers(model),
             layer_norms=(LayerNorm,),
+            pretrained=self.options.pretrained and pretrained,
             notes=notes,
         )
 

@@ -8,6 +8,7 @@ from fastft.checkpoint.folder import (
     load_checkpoint,
     read_meta,
 )
+from fastft.checkpoint.heads import start_as
 from fastft.checkpoint.load import LoadReport, load_weights
 from fastft.checkpoint.read import Weights, read_weights
 from fastft.checkpoint.save import save_checkpoint
@@ -26,4 +27,5 @@ __all__ = [
     "read_meta",
     "read_weights",
     "save_checkpoint",
+    "start_as",
 ]

@@ -1,6 +1,6 @@
 """New heads: modules, or single parameters, that the checkpoint must not fill, and their start."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastft.checkpoint.names import first_few
 from fastft.config import NewHead
 from fastft.errors import CheckpointError, ConfigError, nearest
-from fastft.names import unwrapped
+from fastft.names import state_dict, unwrapped
 
 # weight_norm divides by the norm, which zero weights lack; other parametrizations of zero may be
 # anything but zero.
@@ -63,6 +63,15 @@ def start_heads(
             values |= {name: source[origin] for name, origin in found.items()}
             used |= set(found.values())
     return HeadStart(names, values, frozenset(used))
+
+
+@torch.no_grad()
+def start_as(model: nn.Module, fresh: nn.Module, heads: Collection[str]) -> None:
+    """Gives these modules or parameters of the model the values of a fresh one's."""
+    values = state_dict(fresh)
+    for name, tensor in state_dict(model).items():
+        if is_under(name, heads):
+            tensor.copy_(values[name])
 
 
 def is_under(name: str, modules: Iterable[str]) -> bool:

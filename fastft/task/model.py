@@ -58,6 +58,7 @@ class Task:
             through another: only blocks that differentiate themselves are then compiled.
         new_heads: modules that the adapter has made for this run, beside those of
             `finetune.new_heads`: `finetune.method = 'lora'` trains them too.
+        pretrained: `Adapter.build` has filled the model with weights of the family's own.
         notes: what else is said when the model is loaded, such as which parts of a checkpoint are
             dropped.
     """
@@ -75,6 +76,7 @@ class Task:
     added: Sequence[str] = ()
     double_backward: bool = False
     new_heads: Sequence[str] = ()
+    pretrained: bool = False
     notes: Sequence[str] = ()
 
     @property

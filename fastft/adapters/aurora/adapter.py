@@ -142,6 +142,7 @@ class AuroraAdapter:
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
+            pretrained=options.hub and pretrained,
             notes=[*low_rank_notes(options), *unused],
         )
 

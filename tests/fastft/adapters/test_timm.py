@@ -12,11 +12,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 from fastft.adapters.timm import TimmAdapter, TimmOptions
+from fastft.assemble import assemble
 from fastft.config import OptimConfig
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.optim import make_groups
+from fastft.runfile import read_run_file
 from fastft.task import Loss
 
 # Name, input size, class of the repeated blocks, how many, and the last layer for layer-wise decay.
@@ -264,6 +267,25 @@ def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(AdapterError, match="no route to host; connect to the network"):
         build(make_adapter(name="resnet18", pretrained=True))
+
+
+@pytest.mark.usefixtures("project")
+def test_new_heads_are_not_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = timm.create_model
+
+    def create(*arguments: Any, pretrained: bool, **keywords: Any) -> Any:
+        model = make(*arguments, **keywords)
+        for parameter in model.parameters() if pretrained else ():
+            parameter.data.fill_(7.0)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    overrides = [*timm_overrides(**SMALL, pretrained=True), "finetune.new_heads={head={}}"]
+    console = Console(record=True)
+    task, _ = assemble(read_run_file(Path("run.toml"), overrides), CPU, console)
+    new = [name for name, p in task.model.named_parameters() if not (p == 7).all()]
+    assert new == ["head.weight", "head.bias"]
+    assert "the weights are the adapter's, pretrained" in console.export_text()
 
 
 def test_dropped_paths_are_timms_and_blocks_share_a_graph() -> None:
