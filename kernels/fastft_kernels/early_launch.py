@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
@@ -36,9 +37,10 @@ def early_launch(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _can_start_early(device: torch.device) -> bool:
-    # ROCm has other numbers, and no such launch.
+    # ROCm has other numbers, and no such launch; the interpreter knows no such instruction.
     return (
         device.type == "cuda"
         and torch.version.hip is None
+        and not knobs.runtime.interpret
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
