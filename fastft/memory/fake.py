@@ -234,17 +234,25 @@ _AS_ON_GPU: dict[Any, Callable[..., Tensor]] = {
 class Unfilled(TorchFunctionMode):
     """Random fills leave memory untouched: fast, for a model that is built and never run."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._unfilled: Tensor | None = None
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Skips the fills."""
-        if func in _FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
+        """Skips the fills, and what makes a fill another one right behind it."""
+        first = args[0] if args else (kwargs or {}).get("tensor")
+        if func in _FILLS or (func in _RESCALES and first is self._unfilled):
+            self._unfilled = first
+            return first
+        self._unfilled = None
         return func(*args, **(kwargs or {}))
 
 
 _FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
 _FILLS += (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+_RESCALES = (Tensor.mul_, Tensor.add_, Tensor.clamp_)
 
 
 @contextlib.contextmanager
@@ -303,6 +311,7 @@ def estimate_costs(
     names = [name for name, way in forwards.ways.items() if not way.offload]
     measured = Menu(step.task, forwards, calls, names, meter, rounds=1).measure()
     del calls
-    costs = assemble_costs(step, measure_rest(step, batches, meter), measured, len(batches))
+    rest = measure_rest(step, batches, meter, steady=True)
+    costs = assemble_costs(step, rest, measured, len(batches))
     held.clear()
     return replace(costs, update_seconds=meter.seconds(update, repeats=1))

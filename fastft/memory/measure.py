@@ -193,8 +193,14 @@ class _Marks:
         self._meter.reset_peak()
 
 
-def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> Rest:
-    """Rehearses a step with marks around the blocks; they should keep as little as they can."""
+def measure_rest(
+    step: TrainingStep, batches: Sequence[Batch], meter: Meter, *, steady: bool = False
+) -> Rest:
+    """Rehearses a step with marks around the blocks; they should keep as little as they can.
+
+    Args:
+        steady: all rehearsals take the same time by the meter, so that one is enough.
+    """
     gc.collect()
     meter.reset_peak()
     blocks, marks = step.task.blocks, _Marks(step, meter)
@@ -206,7 +212,7 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
         handles.append(block.module.register_forward_pre_hook(marks.before))
         handles.append(block.module.register_forward_hook(marks.behind(block.name)))
     try:
-        rehearse(step, batches)
+        marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=1)
     finally:
         for handle in handles:
             handle.remove()
@@ -214,7 +220,8 @@ def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> 
     marks.rest.other_gradients = (
         sum(p.nbytes for p in _outside(step) if p.requires_grad) - marks.rest.tail_gradients
     )
-    marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=3)
+    if not steady:
+        marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=3)
     return marks.rest
 
 

@@ -223,13 +223,15 @@ def test_a_fake_model_holds_no_memory_and_keeps_its_ties() -> None:
 
 
 def test_random_fills_are_skipped() -> None:
-    kept = torch.zeros(8)
+    kept = torch.full((8,), 5.0)
     with Unfilled():
         nn.init.uniform_(kept)
-        nn.init.trunc_normal_(kept)
+        # Scaled, shifted and bounded behind its fill.
+        nn.init.trunc_normal_(kept, mean=1.0)
         nn.init.ones_(other := torch.empty(3))
-    assert not kept.any()
-    assert other.tolist() == [1, 1, 1]
+        other.mul_(2)
+    assert kept.tolist() == [5] * 8
+    assert other.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_what_is_there_besides_the_blocks() -> None:
     )
 
 
+@pytest.mark.parametrize(("steady", "repeats"), [(True, [1]), (False, [1, 3])])
+def test_one_rehearsal_suffices_where_all_take_the_same(steady: bool, repeats: list[int]) -> None:
+    one = build()
+    assert measure_rest(one.step, [make_batch()], one.meter, steady=steady).seconds == 0.25
+    assert one.meter.repeats == repeats
+
+
 def test_a_frozen_stem_keeps_nothing_and_has_no_backward() -> None:
     one = build("0")
     rest = measure_rest(one.step, [make_batch()], one.meter)
