@@ -76,7 +76,6 @@ def providers(case: OpCase) -> Iterator[tuple[str, Function, torch.dtype | None]
             case.reference, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True}
         )
         yield "compile, early launch", early, torch.bfloat16
-    if case.name == "layer_norm":
         yield "compile, fp32 weights", torch.compile(_autocast_norm, dynamic=False), None
     if case.name == "layer_norm" and importlib.util.find_spec("liger_kernel"):
         liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction

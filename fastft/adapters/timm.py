@@ -152,6 +152,7 @@ class TimmAdapter:
                 " such as name = 'cross_entropy'"
             )
         self._check_options()
+        pretrained = self.options.pretrained and pretrained
         model = share_drop_paths(self._create(pretrained)).to(device)
         wanted = self.options.kernels == "auto" and by_default(device)
         notes = use_kernels(model) if wanted else []
@@ -166,7 +167,7 @@ class TimmAdapter:
             fields=self._fields(),
             layers=_layers(model),
             layer_norms=(LayerNorm,),
-            pretrained=self.options.pretrained and pretrained,
+            pretrained=pretrained,
             notes=notes,
         )
 
@@ -240,9 +241,7 @@ class TimmAdapter:
                 f"model.options.name: must be a model of timm {timm.__version__}; got '{base}'"
                 + hint
             )
-        make = functools.partial(
-            timm.create_model, options.name, pretrained=options.pretrained and pretrained
-        )
+        make = functools.partial(timm.create_model, options.name, pretrained=pretrained)
         try:
             if options.img_size is not None:
                 try:

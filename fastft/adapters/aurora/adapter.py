@@ -121,7 +121,8 @@ class AuroraAdapter:
             clip=model.apply_rollout_input_clipping,
             told_step=told_step(options),
         )
-        if options.hub and pretrained:
+        pretrained = options.hub and pretrained
+        if pretrained:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
         wanted = options.kernels == "auto" and by_default(device)
@@ -142,7 +143,7 @@ class AuroraAdapter:
             added=added,
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
-            pretrained=options.hub and pretrained,
+            pretrained=pretrained,
             notes=[*low_rank_notes(options), *unused],
         )
 
