@@ -78,7 +78,9 @@ class FakeMeter(TorchDispatchMode):
         """Begins a new peak, from what is allocated now."""
         self._peak = self._allocated
 
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+    def seconds(
+        self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
+    ) -> float:
         """What the roofline gives for one call; all are alike."""
         before, self._seconds = self._seconds, 0.0
         call()

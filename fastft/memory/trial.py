@@ -111,7 +111,7 @@ class Trial:
 
     def seconds(self, meter: Meter) -> float:
         """Of one forward and backward."""
-        total = meter.seconds(self.run, _REPEATS)
+        total = meter.seconds(self.run, _REPEATS, host_ahead=True)
         self.drop_gradients()
         return total / _CHAIN if self.offloads else total
 

@@ -41,7 +41,9 @@ class Clock(NoBytes):
     def __init__(self, *seconds: float) -> None:
         self._seconds, self.calls = seconds, 0
 
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+    def seconds(
+        self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
+    ) -> float:
         call()
         self.calls += 1
         return self._seconds[(self.calls - 1) % len(self._seconds)]

@@ -104,7 +104,9 @@ class CapturedIsFaster(NoBytes):
     def __init__(self) -> None:
         self._turn = 0
 
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+    def seconds(
+        self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
+    ) -> float:
         call()
         self._turn += 1
         return 2.0 if self._turn % 2 else 1.0

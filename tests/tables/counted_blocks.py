@@ -38,7 +38,9 @@ class HandMeter:
     def reset_peak(self) -> None:
         self.top = self.now
 
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+    def seconds(
+        self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
+    ) -> float:
         self.repeats.append(repeats)
         call()
         return 0.25

@@ -42,7 +42,9 @@ class Wide(nn.Module):
 class Seconds(NoBytes):
     """Three seconds for every call, which is made once."""
 
-    def seconds(self, call: Callable[[], object], repeats: int) -> float:
+    def seconds(
+        self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
+    ) -> float:
         call()
         return 3.0
 
