@@ -61,8 +61,6 @@ def update_seconds(step: TrainingStep, meter: Meter) -> float:
             parameter.grad = torch.zeros_like(parameter)
     one, zero = torch.ones((), device=device), torch.zeros((), device=device)
     try:
-        # The first finds gradients at new addresses.
-        optimizer.update(0, one, zero, rate=0.0)
         return meter.seconds(lambda: optimizer.update(0, one, zero, rate=0.0), repeats=3)
     finally:
         optimizer.zero_grad()
@@ -212,7 +210,10 @@ def measure_rest(
         handles.append(block.module.register_forward_pre_hook(marks.before))
         handles.append(block.module.register_forward_hook(marks.behind(block.name)))
     try:
-        marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=1)
+        if steady:
+            marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=1)
+        else:
+            rehearse(step, batches)
     finally:
         for handle in handles:
             handle.remove()
@@ -221,7 +222,9 @@ def measure_rest(
         sum(p.nbytes for p in _outside(step) if p.requires_grad) - marks.rest.tail_gradients
     )
     if not steady:
-        marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=3)
+        # Once around all: what a rehearsal begins and ends with makes the device wait.
+        with step.rehearsal():
+            marks.rest.seconds = meter.seconds(lambda: step(0, batches), repeats=3)
     return marks.rest
 
 

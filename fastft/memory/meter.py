@@ -36,8 +36,8 @@ class Meter(Protocol):
         """Median time of several calls.
 
         Args:
-            host_ahead: without the waits of a device for its host: a call alone may have them
-                where the same call in a step has none, because the host is further ahead there.
+            host_ahead: without waits for the host: a call alone may have them where the same call
+                in a step has none, because the host is further ahead there.
         """
         ...
 
@@ -68,24 +68,31 @@ class DeviceMeter:
     def seconds(
         self, call: Callable[[], object], repeats: int, *, host_ahead: bool = False
     ) -> float:
-        """Median of several calls; the device sleeps until the host has made them all, if asked."""
+        """Median of several calls, behind one that is not timed.
+
+        The device sleeps first, so that the host is ahead as in a run. Where it falls behind, a
+        call takes what the host takes.
+        """
         gc.collect()
-        if host_ahead:
-            self._sleep(_SLEEP * repeats * self._host_seconds(call))
+        host = self._host_seconds(call)
+        with torch.cuda.device(self._device):
+            sleep = host * (_SLEEP * repeats if host_ahead else 1)
+            torch.cuda._sleep(int(sleep * _CYCLES_PER_SECOND))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        hosts = []
         marks[0].record()
         for mark in marks[1:]:
+            begin = time.perf_counter()
             call()
             mark.record()
+            hosts.append(time.perf_counter() - begin)
         torch.cuda.synchronize(self._device)
-        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+        times = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+        device = statistics.median(times)
+        return device if host_ahead else max(device, statistics.median(hosts))
 
     def _host_seconds(self, call: Callable[[], object]) -> float:
         torch.cuda.synchronize(self._device)
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
-
-    def _sleep(self, seconds: float) -> None:
-        with torch.cuda.device(self._device):
-            torch.cuda._sleep(int(seconds * _CYCLES_PER_SECOND))

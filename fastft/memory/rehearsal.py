@@ -39,7 +39,6 @@ def try_rehearsal(
         torch.cuda.reset_peak_memory_stats(device)
         meter = DeviceMeter(device)
         with step.rehearsal():
-            # Several, because the first finds a GPU that has rested.
             seconds = meter.seconds(lambda: step(0, batches), repeats=3)
         seconds += update_seconds(step, meter)
         retries = torch.cuda.memory_stats(device)["num_alloc_retries"] - before

@@ -20,7 +20,7 @@ from fastft.memory.meter import Meter
 from fastft.memory.solve import Choice
 from fastft.task import Block
 
-_REPEATS = 3
+_REPEATS = 2
 # Blocks in the chain on which a way that offloads is timed.
 _CHAIN = 3
 

@@ -339,7 +339,7 @@ class AdamTables:
 
     Attributes:
         step, group, lr, hyper: per tensor the step count (float32) and group number, per group
-            the learning rate and `hyper_row`.
+            the learning rate, on the host (`HostNumbers`), and `hyper_row`.
         params, grads: addresses, int64 `[tensors]`; grads holds 0 where there is no gradient.
         moments: addresses of m, v and (8-bit) their exponents, int64 `[4, tensors]`.
         statistic: float32 `[chunks, 3]` or None.

@@ -22,6 +22,7 @@ from fastft_kernels.device import runs_triton
 from fastft_kernels.tensor_table import (
     TRITON_DTYPES,
     ChunkTable,
+    HostNumbers,
     Kinds,
     addresses,
     are_at,
@@ -149,6 +150,7 @@ class AdamPlan:
         count = len(self.params)
         self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
         self.counts = upload(chunks.counts, torch.int64, device)
+        self.rates = HostNumbers(self.group_count, device)
         statistic = torch.zeros(chunks.chunks, 3, device=device) if self.options.monitor else None
         return AdamTables(
             schedule=schedule,
@@ -156,7 +158,7 @@ class AdamPlan:
             kinds=Kinds([(torch.float32, torch.float32, False)] * count, device),
             step=self.step,
             group=upload(self.groups, torch.int32, device),
-            lr=torch.zeros(self.group_count, device=device),
+            lr=self.rates.write([0.0] * self.group_count),
             hyper=torch.zeros(self.group_count, adam.HYPER_COLUMNS, device=device),
             params=upload(addresses(self.memory), torch.int64, device),
             grads=torch.zeros(count, dtype=torch.int64, device=device),
@@ -169,12 +171,7 @@ class AdamPlan:
         groups = self.optimizer.param_groups
         lr = list(map(get_lr, groups))
         if lr != self.lr:
-            self.lr = lr
-            if len(set(lr)) == 1:
-                # Half the host time of a copy.
-                tables.lr.fill_(lr[0])
-            else:
-                upload(lr, torch.float32, tables.lr.device, into=tables.lr)
+            self.lr, tables.lr = lr, self.rates.write(lr)
         hyper = list(map(get_hyper, groups))
         if hyper != self.hyper:
             self.hyper = hyper

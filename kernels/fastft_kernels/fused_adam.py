@@ -33,7 +33,7 @@ class FusedAdam(Optimizer):
     """Adam or AdamW: every tensor of every group in one pass over memory.
 
     On the CPU the same update runs in plain torch. Learning rates are Python floats that a schedule
-    may change at every step; they reach the device in one small copy, without a wait.
+    may change at every step; kernels read them from the host, and nothing waits.
 
     Args:
         params: parameters, or groups of them with their own lr, betas, eps, weight_decay.

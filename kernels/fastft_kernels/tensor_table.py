@@ -23,6 +23,8 @@ TRITON_DTYPES = {
 
 # Of `array`, which takes many numbers faster than a tensor does.
 CODES = {torch.int64: "q", torch.float32: "f"}
+# Slots for numbers on the host; more than a host is steps ahead of its GPU.
+_HALF = 16
 
 get_grad: Any = attrgetter("grad")
 get_dtype: Any = attrgetter("dtype")
@@ -44,6 +46,34 @@ def upload(
     if into is not None:
         return into.copy_(host, non_blocking=True)
     return host.to(device, non_blocking=True, copy=True)
+
+
+class HostNumbers:
+    """float32 numbers in pinned memory of the host, where kernels read them without a copy.
+
+    A copy of a few numbers takes the host longer than all else that it does to launch a kernel.
+    Slots take turns, half of them at a time: a half is written again when the kernels that read it
+    have ended.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._device, self._at = device, 0
+        # Every slot begins at an aligned address.
+        slots = torch.zeros(2 * _HALF, -(-count // 16) * 16)
+        slots = slots.pin_memory() if device.type == "cuda" else slots
+        self._slots = [slot[:count] for slot in slots]
+        self._memory = [memoryview(slot.numpy()) for slot in self._slots]
+        self._read = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
+
+    def write(self, values: Sequence[float]) -> Tensor:
+        """What kernels launched from now on are to read; no more of what was written before."""
+        self._at = (self._at + 1) % (2 * _HALF)
+        half, first = divmod(self._at, _HALF)
+        if first == 0 and self._read:
+            self._read[1 - half].record(torch.cuda.current_stream(self._device))
+            self._read[half].synchronize()
+        self._memory[self._at][:] = array(CODES[torch.float32], values)
+        return self._slots[self._at]
 
 
 def _each(read: Callable[[Any], Any], tensors: Sequence[Tensor | None], missing: Any) -> list[Any]:

@@ -56,11 +56,16 @@ def test_early_starts_in_a_graph_change_no_bit(case: OpCase, device):
             first = as_tuple(case.op(first, *others))[0]
         return first, *torch.autograd.grad(first.sum(), inputs)
 
-    wanted = chain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = chain()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # A backward runs where the inputs were first used, which must be the stream of the graph.
+    with torch.cuda.stream(side):
+        wanted = chain()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            found = chain()
+    torch.cuda.current_stream().wait_stream(side)
     for _ in range(3):
         graph.replay()
         for got, want in zip(found, wanted, strict=True):
@@ -108,6 +113,26 @@ def test_nothing_waits_for_the_gpu_and_nothing_recompiles(device):
             optimizer.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_each_step_takes_its_own_rates_however_far_the_host_is_ahead(device):
+    ends = []
+    for sleep in (0, 1 << 30):
+        params = [nn.Parameter(torch.ones(100, device=device)) for _ in range(3)]
+        optimizer = FusedAdam([{"params": [p]} for p in params], weight_decay=0.5)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        torch.cuda._sleep(sleep)
+        # More steps than there are slots for rates.
+        for i in range(100):
+            for j, group in enumerate(optimizer.param_groups):
+                group["lr"] = 1e-3 * (j + 1) / (i + 1)
+            optimizer.step()
+            if not sleep:
+                torch.cuda.synchronize()
+        ends.append(torch.stack([*params]))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_a_later_step_takes_other_dtypes_and_alignments(device):

@@ -60,7 +60,7 @@ def test_what_is_there_besides_the_blocks() -> None:
     )
 
 
-@pytest.mark.parametrize(("steady", "repeats"), [(True, [1]), (False, [1, 3])])
+@pytest.mark.parametrize(("steady", "repeats"), [(True, [1]), (False, [3])])
 def test_one_rehearsal_suffices_where_all_take_the_same(steady: bool, repeats: list[int]) -> None:
     one = build()
     assert measure_rest(one.step, [make_batch()], one.meter, steady=steady).seconds == 0.25
@@ -146,8 +146,7 @@ def test_the_update_is_timed_at_full_cost_and_moves_no_parameter() -> None:
     one.step.optimizer.update = watched
     before = everything(one.model)
     assert update_seconds(one.step, one.meter) == 0.25
-    assert len(skips) > 1
-    assert set(skips) == {0.0}
+    assert skips == [0.0]
     assert_unchanged(one.model, before)
 
 
