@@ -6,10 +6,12 @@ fresh gradients, travel in one pinned copy that nobody waits for.
 """
 
 import functools
+import weakref
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton.language as tl
@@ -30,6 +32,12 @@ get_grad: Any = attrgetter("grad")
 get_dtype: Any = attrgetter("dtype")
 
 
+def _on_host(values: Sequence, dtype: torch.dtype) -> Tensor:
+    if dtype in CODES and len(values):
+        return torch.frombuffer(array(CODES[dtype], values), dtype=dtype)
+    return torch.tensor(values, dtype=dtype)
+
+
 def upload(
     values: Sequence, dtype: torch.dtype, device: torch.device, into: Tensor | None = None
 ) -> Tensor:
@@ -38,10 +46,7 @@ def upload(
     The pinned buffer is fresh each time: the allocator keeps it until the copy has run, so a host
     that is steps ahead never overwrites what the GPU has yet to read.
     """
-    if dtype in CODES and len(values):
-        host = torch.frombuffer(array(CODES[dtype], values), dtype=dtype)
-    else:
-        host = torch.tensor(values, dtype=dtype)
+    host = _on_host(values, dtype)
     host = host.pin_memory() if device.type == "cuda" else host
     if into is not None:
         return into.copy_(host, non_blocking=True)
@@ -53,17 +58,23 @@ class HostNumbers:
 
     A copy of a few numbers takes the host longer than all else that it does to launch a kernel.
     Slots take turns, half of them at a time: a half is written again when the kernels that read it
-    have ended.
+    have ended. The allocator does not know of these, so it never gets the memory back.
     """
 
+    _idle: ClassVar[defaultdict[tuple[int, torch.device], list[Tensor]]] = defaultdict(list)
+
     def __init__(self, count: int, device: torch.device) -> None:
-        self._device, self._at = device, 0
+        on_gpu = device.type == "cuda"
         # Every slot begins at an aligned address.
-        slots = torch.zeros(2 * _HALF, -(-count // 16) * 16)
-        slots = slots.pin_memory() if device.type == "cuda" else slots
+        width = -(-count // 16) * 16
+        idle = self._idle[width, device]
+        if idle and on_gpu:
+            torch.cuda.synchronize(device)
+        slots = idle.pop() if idle else torch.zeros(2 * _HALF, width, pin_memory=on_gpu)
+        weakref.finalize(self, idle.append, slots)
+        self._device, self._at = device, 0
         self._slots = [slot[:count] for slot in slots]
-        self._memory = [memoryview(slot.numpy()) for slot in self._slots]
-        self._read = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
+        self._read = [torch.cuda.Event(), torch.cuda.Event()] if on_gpu else []
 
     def write(self, values: Sequence[float]) -> Tensor:
         """What kernels launched from now on are to read; no more of what was written before."""
@@ -72,8 +83,7 @@ class HostNumbers:
         if first == 0 and self._read:
             self._read[1 - half].record(torch.cuda.current_stream(self._device))
             self._read[half].synchronize()
-        self._memory[self._at][:] = array(CODES[torch.float32], values)
-        return self._slots[self._at]
+        return self._slots[self._at].copy_(_on_host(values, torch.float32))
 
 
 def _each(read: Callable[[Any], Any], tensors: Sequence[Tensor | None], missing: Any) -> list[Any]:
