@@ -260,6 +260,8 @@ def make_plan(
             best, costs = _search(step, forwards, batches, limit, measured, say)
         if best is not None:
             forwards.use(best.ways)
+            # The run begins as the plan was rehearsed.
+            free_cached()
             return best
         if not offload:
             console.print("memory: recomputing does not suffice; measuring with the host's memory")

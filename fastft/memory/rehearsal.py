@@ -33,6 +33,8 @@ def try_rehearsal(
     """
     device = step.precision.device
     seconds, retries = None, 0
+    # What another plan has left would lie between this one's tensors.
+    free_cached()
     try:
         rehearse(step, batches)
         before = torch.cuda.memory_stats(device)["num_alloc_retries"]
@@ -49,7 +51,6 @@ def try_rehearsal(
         step.optimizer.forget()
     peak = torch.cuda.max_memory_allocated(device)
     if seconds is None or peak > limit or (retries and not may_thrash):
-        free_cached()
         return None
     return Rehearsal(peak, seconds)
 
