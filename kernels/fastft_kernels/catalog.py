@@ -54,7 +54,7 @@ def values_and_grads(
     function: Callable[..., Tensor | Tensors], inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
     """Outputs of the function, then the gradients of all inputs for the given output gradients."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = as_tuple(function(*inputs))
     grads = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
     found = torch.autograd.grad(outputs, inputs, grads)

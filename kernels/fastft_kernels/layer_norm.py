@@ -177,6 +177,7 @@ def _launch_forward(x, residual, weight, bias, eps, out) -> None:
     added = rows if residual is None else as_rows(residual, columns)
     if not len(rows):
         return
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     wide = max(0 if t is None else t.element_size() for t in (weight, bias))
     schedule = forward_schedule(columns, len(rows), wide, x.device, alone=residual is None)
     kernel, tile = _forward_kernel, {"BLOCK_N": next_power_of_2(columns), "ROWS": schedule.rows}
@@ -241,6 +242,7 @@ def _launch_backward(dy, ds, s, weight, mean, rstd, wants_sums, out) -> None:
         dweight.zero_()
         dbias.zero_()
         return
+    weight = weight if weight is None else weight.contiguous()
     schedule = backward_schedule(columns, element_bytes(dy, s, ds), s.device)
     has_ds = ds is not None
     ds = as_rows(ds, columns) if has_ds else dy
