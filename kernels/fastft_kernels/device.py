@@ -146,9 +146,10 @@ def check_columns(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> No
     """
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: x must be float32, bfloat16 or float16; got {x.dtype}; cast it")
-    if not 1 <= x.shape[-1] <= MAX_COLUMNS:
+    if not x.dim() or not 1 <= x.shape[-1] <= MAX_COLUMNS:
+        found = x.shape[-1] if x.dim() else "none"
         raise ValueError(
-            f"{op}: the last dimension must be 1 to {MAX_COLUMNS}; got {x.shape[-1]}; "
+            f"{op}: the last dimension must be 1 to {MAX_COLUMNS}; got {found}; "
             "use torch.nn.functional.layer_norm there"
         )
     for weight in weights:

@@ -25,8 +25,9 @@ def plain_adaptive_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dshift) of `adaptive_layer_norm`, float32."""
-    dy = dy.reshape(len(scale), -1, x.shape[-1]).float()
     h = _normalised(x, mean, rstd)
+    # Of no samples, the number of rows cannot be worked out.
+    dy = dy.reshape(len(scale), len(h) // max(1, len(scale)), x.shape[-1]).float()
     c = (dy * (1 + scale.float())[:, None]).reshape(h.shape)
     dx = _input_gradient(c, h, rstd).reshape(x.shape)
     return dx, (dy * h.view(dy.shape)).sum(1), dy.sum(1)

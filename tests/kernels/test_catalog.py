@@ -82,10 +82,11 @@ def test_non_contiguous_rows_and_no_rows(case: OpCase, device):
         strict=True,
     ):
         torch.testing.assert_close(got, want)
-    empty = case.make_inputs((2, 0, 40), torch.float32, device)
-    grads = [torch.zeros_like(y) for y in as_tuple(case.op(*empty))]
-    values = values_and_grads(case.op, empty, grads)
-    assert all(not v.any() for v in values)
+    for shape in ((2, 0, 40), (0, 3, 40)):
+        empty = case.make_inputs(shape, torch.float32, device)
+        grads = [torch.zeros_like(y) for y in as_tuple(case.op(*empty))]
+        values = values_and_grads(case.op, empty, grads)
+        assert all(not v.any() for v in values)
 
 
 @by_name
@@ -99,6 +100,9 @@ def test_the_cpu_reference_path_agrees(case: OpCase, device, request):
     interpret_on_cpu(False)
     for got, truth in zip(values_and_grads(case.op, inputs, grads), truths, strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+    empty = [x.detach().cpu() for x in case.make_inputs((0, 3, 40), torch.float32, device)]
+    grads = [torch.zeros_like(y) for y in as_tuple(case.op(*empty))]
+    assert all(not v.any() for v in values_and_grads(case.op, empty, grads))
 
 
 @by_name

@@ -7,7 +7,12 @@ from fastft_kernels import (
     residual_layer_norm,
     use_fused_layer_norm,
 )
+from fastft_kernels.catalog import values_and_grads
 from torch import nn
+
+
+def plain_norm(x, weight, bias):
+    return nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def test_opcheck(device):
@@ -98,6 +103,9 @@ def test_refusals(device):
         layer_norm(torch.zeros(1, 16385, device=device))
     with pytest.raises(ValueError, match="float32, bfloat16"):
         layer_norm(x.double())
+    for op in (layer_norm, lambda one: adaptive_layer_norm(one, one, one)):
+        with pytest.raises(ValueError, match="last dimension must be 1 to 16384; got none"):
+            op(x[0, 0])
     with pytest.raises(ValueError, match="one shape"):
         residual_layer_norm(x, x[:1])
     with pytest.raises(ValueError, match="scale and shift"):
@@ -118,6 +126,22 @@ def test_the_module_refuses_rows_of_another_shape(affine, device):
         norm = FusedLayerNorm(normalized, elementwise_affine=affine).to(device)
         with pytest.raises(ValueError, match=r"^FusedLayerNorm: the last dimensions must be"):
             norm(torch.randn(shape, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [63, 1500, 5000])
+def test_weights_in_the_dtype_of_x(columns, dtype, device):
+    """The catalog's are in float32."""
+    x = torch.randn(5, columns, device=device, dtype=dtype)
+    w, b = (torch.randn(columns, device=device, dtype=dtype) for _ in range(2))
+    grads = [torch.randn_like(x)]
+    truths = values_and_grads(plain_norm, [t.double() for t in (x, w, b)], grads)
+    eager = values_and_grads(plain_norm, (x, w, b), grads)
+    fused = values_and_grads(layer_norm, (x, w, b), grads)
+    for got, plain, truth in zip(fused, eager, truths, strict=True):
+        assert got.dtype == dtype
+        allowed = 2 * (plain - truth).norm() + 2.0**-9 * truth.norm()
+        assert (got - truth).norm() <= allowed
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
