@@ -107,10 +107,14 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
         ways = plan.ways
         if not (isinstance(ways, dict) and all(isinstance(way, str) for way in ways.values())):
             raise TypeError("its ways must be names of ways by block")
+        for name, value in {**vars(plan), "ways": 0}.items():
+            if value is not getattr(Plan, name, 0) and not isinstance(value, int | float):
+                raise TypeError(f"'{name}' must be a number; got {value!r}")
     except (OSError, ValueError, TypeError) as error:
-        raise PlanError(f"{path}: must be a plan.json that fastft wrote; {error}") from error
-    blocks = forwards.blocks
-    problems = []
+        raise PlanError(
+            f"{path}: must be a plan.json that fastft wrote; {error}; delete it for a new plan"
+        ) from error
+    blocks, problems = forwards.blocks, []
     if set(plan.ways) != set(blocks):
         odd = sorted(set(plan.ways) ^ set(blocks))
         problems.append(

@@ -1,5 +1,6 @@
 """Plans: found on a simulated device, refused with advice, saved and replayed."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -392,9 +393,27 @@ def test_a_saved_plan_reads_back(tmp_path: Path) -> None:
     ("content", "problems"),
     [
         ("{", ["must be a plan.json that fastft wrote; Expecting property name enclosed in ..."]),
-        ("[1]", ["must be a plan.json that fastft wrote; ..."]),
-        ('{"ways": {}}', ["must be a plan.json that fastft wrote; ...'budget_bytes'"]),
-        ('{"budget_bytes": 1, "ways": {}, "a": 1}', ["must be a plan.json that ... argument 'a'"]),
+        ("[1]", ["must be a plan.json that fastft wrote; ...; delete it for a new plan"]),
+        ('{"ways": {}}', ["must be a plan.json that ...'budget_bytes'; delete it for a new plan"]),
+        (
+            '{"budget_bytes": 1, "ways": {}, "a": 1}',
+            ["must be a plan.json that ... argument 'a'; delete it for a new plan"],
+        ),
+        *(
+            (
+                json.dumps({"budget_bytes": 1, "ways": dict.fromkeys("01", "keep all"), name: odd}),
+                [
+                    f"must be a plan.json that fastft wrote; '{name}' must be a number; got"
+                    f" {odd!r}; delete it for a new plan"
+                ],
+            )
+            for name, odd in {
+                "budget_bytes": None,
+                "peak_bytes": "80GB",
+                "predicted_seconds": [1],
+                "host_bytes": None,
+            }.items()
+        ),
         (
             '{"budget_bytes": 1, "ways": {"0": "keep all", "2": "keep all"}}',
             [
