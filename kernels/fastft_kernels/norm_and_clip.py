@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastft_kernels import gradient_norm
-from fastft_kernels.device import runs_triton
+from fastft_kernels.device import FLOAT_DTYPES, runs_triton
 from fastft_kernels.gradient_norm import launch_norms
 from fastft_kernels.tensor_table import (
     ChunkTable,
@@ -60,6 +60,15 @@ class ZClip:
     z_limit: float = 2.5
     warmup: int = 25
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ZClip: decay must be in [0, 1); got {self.decay}")
+        if not self.z_limit > 0:
+            raise ValueError(f"ZClip: z_limit must be above 0; got {self.z_limit}")
+        if self.warmup < 1:
+            # From a mean of 0 every norm is a spike, for ever.
+            raise ValueError(f"ZClip: warmup must be 1 or more; got {self.warmup}")
+
 
 class _Plan:
     """Tables for a list of gradients with fixed sizes, dtypes and groups."""
@@ -102,6 +111,15 @@ class GradientNorm:
         zclip: ZClip | None = None,
     ) -> None:
         self.group_ids = None if group_ids is None else list(group_ids)
+        if self.group_ids and min(self.group_ids) < 0:
+            raise ValueError(
+                f"GradientNorm: group_ids must be 0 or more; got {min(self.group_ids)}; number the"
+                " groups from 0"
+            )
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(
+                f"GradientNorm: max_norm must be above 0; got {max_norm}; None clips nothing"
+            )
         self.max_norm = float("inf") if max_norm is None else max_norm
         self.zclip = zclip
         self.state: Tensor | None = None
@@ -116,7 +134,7 @@ class GradientNorm:
         """Norms of grads, in their order; a missing gradient counts as zero.
 
         Args:
-            grads: on one device.
+            grads: on one device, dense, in float32, bfloat16 or float16.
             loss_scale: 0-dim float32 on the device; what the loss was multiplied by.
         """
         groups = [0] * len(grads) if self.group_ids is None else self.group_ids
@@ -129,6 +147,7 @@ class GradientNorm:
             raise ValueError("GradientNorm: at least one gradient must exist; got none")
         device = present[0].device
         if self.state is None or self._constants is None:
+            _check(present)
             state = torch.zeros(3) if self.state is None else self.state
             self.state = state.to(device)
             self._constants = (
@@ -217,6 +236,16 @@ class GradientNorm:
                 torch.tensor([new_mean, variance + rate * (spread - variance), steps + 1])
             )
         return min(1.0, threshold / (norm + 1e-6))
+
+
+def _check(grads: Sequence[Tensor]) -> None:
+    for g in grads:
+        if g.layout != torch.strided or g.dtype not in FLOAT_DTYPES:
+            kind = "a sparse one" if g.layout != torch.strided else g.dtype
+            raise ValueError(
+                "GradientNorm: gradients must be dense float32, bfloat16 or float16; got"
+                f" {kind}; use torch.nn.utils.get_total_norm for these"
+            )
 
 
 def _named(outputs: Sequence[Tensor], count: int) -> GradientNorms:

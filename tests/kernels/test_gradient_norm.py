@@ -133,3 +133,34 @@ def test_function_in_one_graph_and_opcheck(device):
     for got, want in zip(compiled(*grads), clipped(*grads), strict=True):
         torch.testing.assert_close(got, want)
     torch.library.opcheck(torch.ops.fastft.gradient_norms, (grads, groups, 1.0, None))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientNorm(max_norm=0.0), "max_norm must be above 0; got 0.0"),
+        (lambda: GradientNorm(max_norm=float("nan")), "max_norm must be above 0; got nan"),
+        (lambda: GradientNorm([0, -1]), "group_ids must be 0 or more; got -1"),
+        (lambda: ZClip(warmup=0), "ZClip: warmup must be 1 or more; got 0"),
+        (lambda: ZClip(decay=1.0), r"ZClip: decay must be in \[0, 1\); got 1.0"),
+        (lambda: ZClip(z_limit=-1.0), "ZClip: z_limit must be above 0; got -1.0"),
+    ],
+)
+def test_refused_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_refused_gradients(device):
+    one = torch.ones(2, 2, device=device)
+    for odd, name in (
+        (one.double(), "float64"),
+        (one + 1j, "complex64"),
+        (one.to_sparse(), "spar"),
+    ):
+        with pytest.raises(ValueError, match=f"^GradientNorm: gradients must be dense .*{name}"):
+            GradientNorm()([one, odd])
+    with pytest.raises(ValueError, match="at least one gradient must exist"):
+        GradientNorm()([None])
+    with pytest.raises(ValueError, match="got 2 for 1"):
+        GradientNorm([0, 0])([one])
