@@ -148,6 +148,27 @@ def grouped(params: list[Any], count: int) -> list[dict[str, Any]]:
     ]
 
 
+# Of the learning rate, the mean difference from torch's parameters after three steps: rounding.
+ADAM_LIMIT: dict[StateLayout, float] = {"fp32": 1e-4, "bf16": 0.01, "8bit": 0.1}
+
+
+def check_adam(layout: StateLayout, device: str = "cuda") -> None:
+    """Refuses a layout whose first steps differ from torch AdamW's by more than its rounding."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (1, 63, 5000, 100_003)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    pair = FusedAdam(grouped(ours, 2), state_layout=layout), torch.optim.AdamW(grouped(theirs, 2))
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    apart = torch.cat([(p - q).abs() for p, q in zip(ours, theirs, strict=True)]).mean() / 1e-4
+    if not apart <= ADAM_LIMIT[layout]:
+        raise SystemExit(f"adam, {layout} state: wrong; not timed")
+
+
 def bench_adam(records: Records) -> None:
     params = make_params(model_shapes())
     size = sum(p.numel() for p in params)
@@ -158,6 +179,8 @@ def bench_adam(records: Records) -> None:
         ("bf16", 1),
         ("8bit", 1),
     ]
+    for layout in ADAM_LIMIT:
+        check_adam(layout)
     for monitor, (layout, count) in [(False, s) for s in settings] + [(True, ("fp32", 1))]:
         optimizer: Any = FusedAdam(grouped(params, count), state_layout=layout, monitor=monitor)
 
