@@ -6,7 +6,8 @@ std of past norms, and where z > z_limit the threshold is at most mean + z_limit
 
 Shapes: any number of tensors of any shape and float dtype, as tables of addresses.
 Numerics: float32 sums within a chunk, float64 over chunks, both in a fixed order. The largest
-magnitude counts a NaN as inf. With any NaN or inf, skip is 1 and the coefficient 1.
+magnitude counts a NaN as inf. With any NaN or inf, skip is 1 and the coefficient 1; so it is where
+squares overflow float32, from magnitudes of 1.8e19 on.
 Memory: every gradient is read once; 12 bytes per chunk besides.
 Source: Pascanu et al. 2013 (arXiv 1211.5063); ZClip: Kumar et al. 2025 (arXiv 2504.02507).
 """
