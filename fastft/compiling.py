@@ -1,8 +1,9 @@
 """torch.compile as fastft uses it: what is inside, what varies, what a partitioner may keep."""
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fastft.errors import ConfigError
 from fastft.precision import Precision
 
 Forward = Callable[..., Any]
@@ -85,6 +87,26 @@ def allow_graphs(count: int) -> None:
         dynamo.accumulated_recompile_limit, dynamo.recompile_limit
     )
     dynamo.fail_on_recompile_limit_hit = True
+
+
+@contextlib.contextmanager
+def recompile_limit_explained() -> Iterator[None]:
+    """Says what to change where something is compiled again and again.
+
+    Raises:
+        ConfigError: instead of torch's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":
+            raise
+        limit = cast(Any, importlib.import_module("torch._dynamo.config")).recompile_limit
+        raise ConfigError(
+            f"step.compile: what is compiled must serve many steps; it has {limit} graphs and needs"
+            " more, for the reasons above; change the code that they name, or set step.compile ="
+            " 'off'"
+        ) from error
 
 
 @functools.cache

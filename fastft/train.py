@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastft.assemble import assemble, build_step, check_run_data, open_split
 from fastft.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from fastft.compiling import recompile_limit_explained
 from fastft.config import RunConfig
 from fastft.data import open_loader
 from fastft.finetune import set_train_mode, staged_names, unfreeze
@@ -100,6 +101,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         set_train_mode(task.model, config.finetune.method)
         with (
             out_of_memory_explained(),
+            recompile_limit_explained(),
             loader,
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, total) as progress,

@@ -205,3 +205,17 @@ def test_attention_without_dropout_draws_nothing() -> None:
     assert draws_numbers(attention, (q, q, q), {"dropout_p": 0.1})
     assert draws_numbers(torch.ops.aten.native_dropout.default, (q, 0.5, True), {})
     assert not draws_numbers(torch.ops.aten.mm.default, (q, q), {})
+
+
+def test_a_kept_operator_that_draws_numbers_is_run_again() -> None:
+    """What draws after it would draw others if it were not."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, 0.5, True)[0].sin() * torch.rand_like(x).sin()
+
+    found = []
+    for function in (forward, blocks._checkpointed(forward, ("native_dropout",))):
+        torch.manual_seed(0)
+        x = torch.ones(50, requires_grad=True)
+        found.append(torch.autograd.grad(function(nn.Identity(), x).sum(), x)[0])
+    torch.testing.assert_close(*found)
