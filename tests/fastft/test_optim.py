@@ -150,11 +150,10 @@ def label(value: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "kernels", "moments"), EXACT, ids=label)
-def test_updates_equal_torch_and_the_divisor_divides(name, kernels, moments) -> None:
+def test_updates_equal_torch_on_a_schedule_and_the_divisor_divides(name, kernels, moments) -> None:
     ours, theirs = make_task(), make_task()
-    config = OptimConfig(
-        lr=0.01, name=name, weight_decay=0.1, schedule=ScheduleConfig(name="constant")
-    )
+    schedule = ScheduleConfig(name="cosine", warmup_steps=2)
+    config = OptimConfig(lr=0.01, name=name, weight_decay=0.1, schedule=schedule)
     optimizer = Optimizer(make_groups(ours, config, {}), config, 5, kernels)
     decayed = [p for p in theirs.model.parameters() if p.ndim > 1]
     plain = [p for p in theirs.model.parameters() if p.ndim <= 1]
@@ -167,6 +166,8 @@ def test_updates_equal_torch_and_the_divisor_divides(name, kernels, moments) -> 
     }[name]()
     for step in range(5):
         backward(theirs, step)
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * schedule_factor(schedule, step, 5)
         reference.step()
         backward(ours, step)
         for parameter in ours.model.parameters():

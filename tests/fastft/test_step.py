@@ -95,6 +95,20 @@ def test_a_bad_step_changes_no_weight_and_is_counted() -> None:
         assert torch.equal(old, new)
 
 
+def test_a_bad_step_leaves_running_statistics_as_they_were() -> None:
+    task = make_task()
+    norm = nn.BatchNorm1d(4)
+    step = make_step(dataclasses.replace(task, model=nn.Sequential(norm, task.model)))
+    for bad in (False, True):
+        batch = make_batch()
+        if bad:
+            batch["inputs"][0, 0] = torch.inf
+        before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        assert step(0, [batch]).verdict.skip.item() == bad
+        for name, buffer in norm.named_buffers():
+            assert torch.equal(buffer, before[name]) == bad, name
+
+
 def test_norms_by_group_and_layer_add_up_to_the_global_one() -> None:
     step = make_step(make_task())
     result = step(0, [make_batch()])

@@ -201,3 +201,28 @@ def test_refusals(device):
         FusedAdam([p], lr=torch.tensor(1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         FusedAdam([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize(("layout", "tolerance"), [("bf16", 1e-3), ("8bit", 2e-2)])
+def test_moments_are_rounded_without_bias(layout, tolerance, interpreted, device):
+    """Rounded down or to the nearest, both moments would be off by more, and some stand still."""
+    interpret_on_cpu(interpreted and device.type == "cpu")
+    p = nn.Parameter(torch.zeros(64, 128, device=device))
+    optimizer = FusedAdam([p], betas=(0.9, 0.999), state_layout=layout)
+    # Beside a large one, moments below what an exponent per 128 can tell from zero.
+    gradient = torch.full_like(p, 1.1)
+    gradient[32:] = 2.0**-17
+    gradient[32:, 0] = 1.1
+    for _ in range(12):
+        p.grad = gradient
+        optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    shares = {"exp_avg": 1 - 0.9**12, "exp_avg_sq": 1 - 0.999**12}
+    for (name, share), power in zip(shares.items(), (1, 2), strict=True):
+        mean = state[name][:32].float().mean().item()
+        assert mean == pytest.approx(share * 1.1**power, rel=tolerance), name
+    mean = state["exp_avg"][32:, 1:].float().mean().item()
+    assert mean == pytest.approx(
+        shares["exp_avg"] * 2.0**-17, rel=0.3 if layout == "8bit" else 0.01
+    )
