@@ -84,6 +84,14 @@ def test_kernel_and_cpu_reference_agree(layout, dtype, device):
             assert difference.mean().item() <= mean_limit
     for a, b in zip(fused.statistics(), plain.statistics(), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=2e-2, atol=1e-3)
+    # The bits of both are drawn alike, at every step anew.
+    if layout != "fp32" and dtype == torch.float32:
+        for name in ("exp_avg", "exp_avg_sq"):
+            alike = [
+                fused.state[a][name].cpu() == plain.state[b][name]
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+            assert torch.cat([same.flatten() for same in alike]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -168,6 +176,24 @@ def test_odd_memory_late_and_frozen_tensors(device):
     torch.testing.assert_close(ours[4], theirs[4], rtol=2e-2, atol=2e-2)
 
 
+def test_what_changes_between_steps(device):
+    """Memory that moved, a first gradient, other settings: each is seen at the next step."""
+    ours, theirs = make_params(device), make_params(device)
+    pairs = (ours, FusedAdam(ours, **OPTIONS)), (theirs, torch.optim.AdamW(theirs, **OPTIONS))
+    for step in range(6):
+        for params, optimizer in pairs:
+            set_grads(params, step)
+            if step < 2:
+                params[3].grad = None
+            if step == 3:
+                params[4].data = params[4].data.clone()
+            if step == 4:
+                optimizer.param_groups[0] |= {"weight_decay": 0.5, "betas": (0.5, 0.9), "eps": 0.1}
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
 def test_bytes_of_state_per_parameter(device):
     for layout, wanted in zip(LAYOUTS, (8.0, 4.0, 2 + 2 / 128), strict=True):
         p = nn.Parameter(torch.randn(64, 128, device=device))
@@ -201,6 +227,15 @@ def test_refusals(device):
         FusedAdam([p], lr=torch.tensor(1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         FusedAdam([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+    plain = torch.optim.AdamW([p], amsgrad=True)
+    p.grad = torch.ones_like(p)
+    plain.step()
+    with pytest.raises(ValueError, match="amsgrad is not supported"):
+        FusedAdam([p]).load_state_dict(plain.state_dict())
+    sparse = nn.Parameter(torch.ones(3, 2, device=device))
+    sparse.grad = torch.eye(3, 2, device=device).to_sparse()
+    with pytest.raises(ValueError, match="gradients must be dense"):
+        FusedAdam([sparse]).step()
 
 
 @pytest.mark.parametrize("interpreted", [True, False])
