@@ -44,6 +44,7 @@ def reference(
     """(p, m, v) after one step, in the dtype of p; step is already that of this update."""
     one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, coupled, apart = hyper
     g = g + coupled * p
+    m, v = (x * (y < 1) for x, y in ((m, one_minus_beta1), (v, one_minus_beta2)))
     m = m + one_minus_beta1 * (g - m)
     v = v + one_minus_beta2 * (g * g - v)
     correction1, correction2 = (-torch.expm1(step.double() * log) for log in (log_beta1, log_beta2))
@@ -157,6 +158,9 @@ def _update_chunk(
     p_pointer, g_pointer, m_pointer, v_pointer, m_exponent, v_exponent = pointers
     one_minus_beta1, one_minus_beta2, step_size, correction, eps, coupled, kept = scalars
     start, numel, inverse_divisor, seed = place
+    # Without a beta nothing of a moment is left, not even the rounding of what it was.
+    keeps_m = tl.where(one_minus_beta1 < 1.0, 1.0, 0.0)
+    keeps_v = tl.where(one_minus_beta2 < 1.0, 1.0, 0.0)
     block: tl.constexpr = BLOCK // QUANTUM
     g_square = tl.zeros([block], tl.float32)
     u_square = tl.zeros([block], tl.float32)
@@ -174,8 +178,8 @@ def _update_chunk(
             has_quantum = quantum * QUANTUM < numel
             m = decode(m, _load(m_exponent + quantum, has_quantum, MASKED), True)
             v = decode(v, _load(v_exponent + quantum, has_quantum, MASKED), False)
-        m = m.to(tl.float32)
-        v = v.to(tl.float32)
+        m = m.to(tl.float32) * keeps_m
+        v = v.to(tl.float32) * keeps_v
         grad = g + coupled * old
         m += one_minus_beta1 * (grad - m)
         v += one_minus_beta2 * (grad * grad - v)

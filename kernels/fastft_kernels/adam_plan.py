@@ -40,7 +40,10 @@ get_hyper = itemgetter("betas", "eps", "weight_decay")
 
 
 class StepStatistics(NamedTuple):
-    """L2 norms of the last step that was not skipped, one per updated parameter."""
+    """L2 norms of the last update that was not skipped, one per updated parameter.
+
+    Of one without a gradient in the last step they are those of its own last update.
+    """
 
     gradient: Tensor
     update: Tensor

@@ -1,7 +1,6 @@
 """`FusedAdam`: a `torch.optim.Optimizer` over the kernels of `adam`, with torch AdamW's state."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +26,34 @@ def _is_watched(optimizer: Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    """Of a group that a user made, or that another optimizer saved."""
+    if isinstance(group["lr"], Tensor):
+        raise ValueError("FusedAdam: lr must be a float; got a tensor; pass lr.item()")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"FusedAdam: betas must be in [0, 1); got {group['betas']}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"FusedAdam: {name} must be 0 or more; got {group[name]}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"FusedAdam: {name} is not supported; turn it off")
+
+
+def _check_state(p: Tensor, saved: Mapping[str, Any]) -> None:
+    if not {"step", *MOMENTS} <= set(saved):
+        raise ValueError(
+            "FusedAdam: a saved state must hold step, exp_avg and exp_avg_sq, as Adam's does;"
+            f" got {', '.join(sorted(saved)) or 'nothing'}"
+        )
+    for name in MOMENTS:
+        if saved[name].shape != p.shape:
+            raise ValueError(
+                f"FusedAdam: {name} must have its parameter's shape, {tuple(p.shape)}; got"
+                f" {tuple(saved[name].shape)}; load the state of the same model"
+            )
 
 
 class FusedAdam(Optimizer):
@@ -72,10 +99,7 @@ class FusedAdam(Optimizer):
         """Adds a group at any time; its parameters start at step 0."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if isinstance(group["lr"], Tensor):
-            raise ValueError("FusedAdam: lr must be a float; got a tensor; pass lr.item()")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"FusedAdam: betas must be in [0, 1); got {group['betas']}")
+        _check_settings(group)
         for p in group["params"]:
             if hasattr(p, "to_local"):
                 raise ValueError(
@@ -151,13 +175,19 @@ class FusedAdam(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state dict of a `FusedAdam` of any layout, or of torch's Adam or AdamW."""
+        states = state_dict["state"]
+        for group in state_dict["param_groups"]:
+            _check_settings({**self.defaults, **group})
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        # torch refuses another number of parameters.
+        found = [(p, states[i]) for i, p in zip(ids, params, strict=False) if i in states]
+        for p, state in found:
+            _check_state(p, state)
         super().load_state_dict(state_dict)
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(ids, params, strict=True):
-            if key in state_dict["state"]:
-                # From the original: the base class casts moments to the parameter's dtype.
-                self.load_parameter_state(p, state_dict["state"][key])
+        for p, state in found:
+            # From the original: the base class casts moments to the parameter's dtype.
+            self.load_parameter_state(p, state)
         self._plan = None
 
     def load_parameter_state(self, p: nn.Parameter, saved: Mapping[str, Any]) -> None:
@@ -167,6 +197,7 @@ class FusedAdam(Optimizer):
             p: one of the optimizer's parameters.
             saved: step and moments, as `self.state[p]` of any layout or torch's AdamW holds them.
         """
+        _check_state(p, saved)
         self.state[p] = self._adopted(p, saved)
         self._plan = None
 
@@ -185,8 +216,6 @@ class FusedAdam(Optimizer):
         return portable
 
     def _adopted(self, p: nn.Parameter, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        if "max_exp_avg_sq" in saved:
-            raise ValueError("FusedAdam.load_state_dict: amsgrad is not supported; turn it off")
         here = {key: torch.as_tensor(value).to(p.device) for key, value in saved.items()}
         found = self._portable(here)
         state = {"step": found["step"], **new_moments(memory_of(p), self._options.layout)}

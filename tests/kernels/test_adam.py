@@ -59,6 +59,20 @@ def test_follows_torch(decoupled, device):
         assert float(fused.state[a]["step"]) == float(plain.state[b]["step"])
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_without_betas_nothing_is_left_of_a_moment(interpreted, device):
+    """Gradients whose squares are lost beside those of a step before."""
+    interpret_on_cpu(interpreted and device.type == "cpu")
+    ours, theirs = (nn.Parameter(torch.ones(700, device=device)) for _ in range(2))
+    settings = {"lr": 1e-3, "betas": (0.0, 0.0)}
+    pair = FusedAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for g in (1.0, 1e-4, 3e-4):
+        for p, optimizer in zip((ours, theirs), pair, strict=True):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_and_cpu_reference_agree(layout, dtype, device):
@@ -227,11 +241,20 @@ def test_refusals(device):
         FusedAdam([p], lr=torch.tensor(1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         FusedAdam([nn.Parameter(torch.ones(3, dtype=torch.float64))])
-    plain = torch.optim.AdamW([p], amsgrad=True)
+    for name in ("lr", "eps", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name} must be 0 or more; got -1"):
+            FusedAdam([{"params": [p], name: -1.0}])
     p.grad = torch.ones_like(p)
-    plain.step()
-    with pytest.raises(ValueError, match="amsgrad is not supported"):
-        FusedAdam([p]).load_state_dict(plain.state_dict())
+    longer = nn.Parameter(torch.ones(4, device=device))
+    for plain, target, message in (
+        (torch.optim.AdamW([p], amsgrad=True), p, "amsgrad is not supported"),
+        (torch.optim.AdamW([p], maximize=True), p, "maximize is not supported"),
+        (torch.optim.SGD([p], momentum=0.9), p, "must hold step, exp_avg and exp_avg_sq"),
+        (torch.optim.AdamW([p]), longer, r"its parameter's shape, \(4,\); got \(3,\)"),
+    ):
+        plain.step()
+        with pytest.raises(ValueError, match=message):
+            FusedAdam([target]).load_state_dict(plain.state_dict())
     sparse = nn.Parameter(torch.ones(3, 2, device=device))
     sparse.grad = torch.eye(3, 2, device=device).to_sparse()
     with pytest.raises(ValueError, match="gradients must be dense"):
