@@ -280,6 +280,8 @@ def within_budget(
     else:
         limit = budget_bytes(parse_bytes(budget), DEVICE)
     enforce(limit, DEVICE)
+    # A run plans before its optimizer has any state; made under another plan, it lies elsewhere.
+    step.optimizer.forget()
     gc.collect()
     torch.cuda.empty_cache()
     began = time.perf_counter()

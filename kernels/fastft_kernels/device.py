@@ -57,9 +57,11 @@ def pretend_gpu() -> Iterator[None]:
 
 
 @functools.cache
-def _properties(index: int) -> tuple[int, int]:
+def _properties(index: int) -> tuple[int, int, float]:
     found = torch.cuda.get_device_properties(index)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
+    # kHz, twice a clock; bits.
+    bandwidth = 2e3 * found.memory_clock_rate * found.memory_bus_width / 8
+    return found.multi_processor_count, found.shared_memory_per_block_optin, bandwidth
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -70,6 +72,11 @@ def multiprocessors(device: torch.device) -> int:
 def shared_memory_bytes(device: torch.device) -> int:
     """What one program may use; that of an H200 where there is no GPU."""
     return 232448 if device.type != "cuda" else _properties(device.index)[1]
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second by its clock, an H100 3.4e12; that of an H200, 4.9e12, without a GPU."""
+    return 4.9e12 if device.type != "cuda" else _properties(device.index)[2]
 
 
 def transformed() -> bool:

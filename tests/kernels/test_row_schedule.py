@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fastft_kernels.row_schedule import backward_schedule, programs_per_sample
+from fastft_kernels.row_schedule import backward_schedule, forward_schedule, programs_per_sample
 
 KIB = 1024
 
@@ -18,6 +18,16 @@ def test_programs_keep_the_gpu_busy(samples):
 def test_programs_never_outnumber_tiles():
     assert programs_per_sample(132, 16, 3) <= 3
     assert programs_per_sample(132, 7, 0) == 1
+
+
+def test_long_rows_take_more_warps_where_memory_is_slower(monkeypatch):
+    def chosen(columns: int) -> tuple[int, int]:
+        found = forward_schedule(columns, 10**6, 4, torch.device("cpu"), alone=True)
+        return found.warps, found.chunk
+
+    assert [chosen(n) for n in (8192, 16384)] == [(8, 2048)] * 2
+    monkeypatch.setattr("fastft_kernels.row_schedule.memory_bandwidth", lambda device: 3.4e12)
+    assert [chosen(n) for n in (5000, 8192, 16384)] == [(16, 2048), (16, 2048), (16, 4096)]
 
 
 # Of an H100, of an A100, and of smaller GPUs.
