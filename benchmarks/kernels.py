@@ -148,8 +148,9 @@ def grouped(params: list[Any], count: int) -> list[dict[str, Any]]:
     ]
 
 
-# Of the learning rate, the mean difference from torch's parameters after three steps: rounding.
-ADAM_LIMIT: dict[StateLayout, float] = {"fp32": 1e-4, "bf16": 0.01, "8bit": 0.1}
+# Of the learning rate, by how much three steps may differ from torch's, on average: by an ulp each
+# with moments in float32, by what rounding does in fewer bits.
+ADAM_LIMIT: dict[StateLayout, float] = {"fp32": 2e-3, "bf16": 0.01, "8bit": 0.1}
 
 
 def check_adam(layout: StateLayout, device: str = "cuda") -> None:
