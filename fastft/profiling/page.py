@@ -212,7 +212,9 @@ def _short(name: str) -> str:
 def _rate(kernel: KernelTime) -> str:
     if kernel.tflops is not None:
         return rate_text(kernel.tflops)
-    return f"{kernel.gb_per_s:.1f} GB/s" if kernel.gb_per_s is not None else ""
+    if kernel.gb_per_s is None:
+        return ""
+    return f"{'≈ ' if kernel.gb_per_s_is_estimate else ''}{kernel.gb_per_s:,.1f} GB/s"
 
 
 def _waits(report: ProfileReport) -> str:
@@ -295,6 +297,13 @@ def _method(report: ProfileReport) -> str:
         "FLOPs are those of matrix products, convolutions and attention, from the shapes of their"
         " operators. Recomputed work counts, and causal attention counts in full."
     )
+    if any(kernel.gb_per_s_is_estimate for kernel in report.kernels):
+        said.append(
+            "≈ GB/s is an estimate: bytes of the kernel's arguments, each counted once, over its"
+            " time. A kernel that writes in place or reads twice moves more, one that reads a part"
+            " moves less. No rate is shown where it would be above that of the GPU's memory, as"
+            " where a cache has the arguments."
+        )
     said.append("The profiler slows the host down by some microseconds per operator.")
     items = "".join(f"<li>{_text(note)}</li>" for note in said)
     return f'<h2>How this was measured</h2>\n<ul class="notes">{items}</ul>'

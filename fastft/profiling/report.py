@@ -85,7 +85,9 @@ class KernelTime:
         share: of as many steps.
         mean_us: per call.
         tflops: achieved, in 1e12 FLOP/s; None: not known.
-        gb_per_s: achieved by a copy, in 1e9 bytes/s; None: not known.
+        gb_per_s: achieved, in 1e9 bytes/s; None: not known.
+        gb_per_s_is_estimate: it counts the kernel's arguments, as `fastft.profiling.traffic` says;
+            of copies it counts what the driver did.
     """
 
     name: str
@@ -96,6 +98,7 @@ class KernelTime:
     mean_us: float
     tflops: float | None = None
     gb_per_s: float | None = None
+    gb_per_s_is_estimate: bool = False
 
 
 @dataclass(frozen=True)
