@@ -1,6 +1,7 @@
 """How much memory a run may take, how that is enforced, and what to say where it is too little."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -129,4 +130,57 @@ def nothing_fits(
     # Where little is trained, as with low-rank updates already, freezing more saves little.
     if 2 * trained > sum(p.numel() for p in step.task.model.parameters()):
         lines.append("finetune: method = 'lora', or freezing what need not be trained, saves most")
+    if costs is None and step.task.planned_blocks:
+        lines.append("`fastft plan RUN.toml --no-device` estimates how much each block takes")
+    if costs is not None and (found := _fewest_gpus(step, costs, len(batches), limit)):
+        gpus, peak = found
+        lines.append(
+            "sharding: weights, gradients and the optimizer's state split over"
+            f" {gpus} GPUs or more (FSDP) would fit at this batch size on each, an estimated"
+            f" {peak / GIB:.1f} GiB per GPU; fastft itself trains on one device so far"
+        )
     return lines
+
+
+def _fewest_gpus(
+    step: TrainingStep, costs: StepCosts, micro_batches: int, limit: int
+) -> tuple[int, int] | None:
+    """Of 2, 4 and 8 GPUs the fewest on which the step fits, and the least peak in bytes on each."""
+    if smallest_peak(costs)[0] <= planned_room(limit):
+        # The costs miss what was in the way.
+        return None
+    for gpus in (2, 4, 8):
+        peak, _ = smallest_peak(_sharded(step, costs, micro_batches, gpus))
+        if peak <= planned_room(limit):
+            return gpus, peak
+    return None
+
+
+def _sharded(step: TrainingStep, costs: StepCosts, micro_batches: int, gpus: int) -> StepCosts:
+    """The costs on one of several GPUs that split parameters, their gradients and their state.
+
+    FSDP gathers parameters outside of blocks once per step. Of blocks there are three on each GPU,
+    counted as the largest: one at work, the next one's parameters on their way, and gradients that
+    are being summed.
+    """
+    parameters = list(step.task.model.parameters())
+    blocks = [list(block.module.parameters()) for block in step.task.blocks]
+    inside = {p for block in blocks for p in block}
+    outside = sum(p.nbytes for p in parameters if p not in inside)
+    gathered = outside + 3 * max(sum(p.nbytes for p in block) for block in blocks)
+    trained = step.optimizer.parameters.values()
+    split = sum(p.nbytes for p in parameters)
+    split += round(state_bytes(step.optimizer.config) * sum(p.numel() for p in trained))
+    if micro_batches > 1:
+        # All gradients are part of the fixed bytes then.
+        split += sum(p.nbytes for p in trained if p.requires_grad)
+    return dataclasses.replace(
+        costs,
+        fixed_bytes=max(0, costs.fixed_bytes - split) + split // gpus + gathered,
+        tail_gradient_bytes=costs.tail_gradient_bytes // gpus,
+        update_bytes=costs.update_bytes // gpus,
+        blocks=tuple(
+            dataclasses.replace(block, gradient_bytes=block.gradient_bytes // gpus)
+            for block in costs.blocks
+        ),
+    )

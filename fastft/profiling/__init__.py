@@ -8,11 +8,19 @@ from fastft.profiling.advice import advise
 from fastft.profiling.hook import ProfileHook, open_profile, write_report
 from fastft.profiling.measure import measure
 from fastft.profiling.page import render_page
-from fastft.profiling.report import Advice, CompileFacts, MemoryReport, ProfileReport, RunFacts
+from fastft.profiling.report import (
+    Advice,
+    CompileEvent,
+    CompileFacts,
+    MemoryReport,
+    ProfileReport,
+    RunFacts,
+)
 from fastft.profiling.trace import parse_trace, read_trace
 
 __all__ = [
     "Advice",
+    "CompileEvent",
     "CompileFacts",
     "MemoryReport",
     "ProfileHook",

@@ -151,10 +151,14 @@ def _graph_breaks(report: ProfileReport) -> Iterator[Advice]:
         remedy = "change that code"
         if run.compile == "model" and run.blocks:
             remedy += ", or compile the blocks alone (step.compile = 'blocks')"
+        most = sorted(breaks, key=lambda broken: -broken.count)
+        places = list(dict.fromkeys(broken.where for broken in most if broken.where))
+        where = f", most at {', '.join(places[:3])}" if places else ""
         yield Advice(
             "step.compile",
-            f"torch.compile broke its graphs {sum(breaks.values())} times; the reasons are listed"
-            f" below. Each break costs launches and fusions: {remedy}.",
+            f"torch.compile broke its graphs {sum(broken.count for broken in breaks)} times{where};"
+            " the reasons are listed below. Each break costs launches and fusions:"
+            f" {remedy}.",
         )
 
 

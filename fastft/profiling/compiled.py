@@ -1,11 +1,12 @@
-"""What torch.compile has done in this process, from torch's own counters."""
+"""What torch.compile has done in this process, from torch's own counters and notes."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fastft.profiling.report import CompileFacts
+from fastft.profiling.report import CompileEvent, CompileFacts
 
 # Distinct reasons that one message gives.
 _SHOWN = 3
@@ -27,12 +28,11 @@ def compile_facts(graphs_before: int) -> CompileFacts:
     if dynamo is None:
         return CompileFacts()
     counters = dynamo.counters
-    reasons = (c.recompile_reason for c in _compilations())
     return CompileFacts(
         graphs=counters["stats"]["unique_graphs"],
         graphs_in_window=counters["stats"]["unique_graphs"] - graphs_before,
-        graph_breaks={str(reason): n for reason, n in counters["graph_break"].items()},
-        recompiles=tuple(reason for reason in reasons if reason),
+        graph_breaks=_counted(_graph_breaks(dynamo)),
+        recompiles=_counted(map(_recompile, _recompilations())),
         cache_hits=counters["inductor"]["fxgraph_cache_hit"],
         cache_misses=counters["inductor"]["fxgraph_cache_miss"],
     )
@@ -62,7 +62,7 @@ class CompileWatch:
 
     def __init__(self) -> None:
         self._seen: int | None = None
-        self._breaks: dict[str, int] = {}
+        self._breaks: set[tuple[str, str]] = set()
 
     def look(self) -> tuple[dict[str, float], list[str]]:
         """Values to log, and what to tell the user; both empty while nothing is compiled."""
@@ -70,17 +70,59 @@ class CompileWatch:
         if not facts.graphs:
             return {}, []
         messages = [
-            f"torch.compile left a graph: {' '.join(reason.split())}"
-            for reason in facts.graph_breaks
-            if reason not in self._breaks
+            f"torch.compile left a graph{_at(broken)}: {broken.reason}"
+            for broken in facts.graph_breaks
+            if (broken.where, broken.reason) not in self._breaks
         ]
-        reasons = [] if self._seen is None else _reasons_since(self._seen)
-        if reasons:
-            why = "; ".join(list(dict.fromkeys(reasons))[:_SHOWN])
-            messages.append(f"torch.compile compiled again, graphs: {len(reasons)}; {why}")
-        self._seen, self._breaks = _latest(), dict(facts.graph_breaks)
-        breaks = float(sum(facts.graph_breaks.values()))
+        recompiles = () if self._seen is None else _recompiles_since(self._seen)
+        if recompiles:
+            count = sum(again.count for again in recompiles)
+            why = "; ".join(f"{again.reason}{_at(again)}" for again in recompiles[:_SHOWN])
+            messages.append(f"torch.compile compiled again, graphs: {count}; {why}")
+        self._seen = _latest()
+        self._breaks |= {(broken.where, broken.reason) for broken in facts.graph_breaks}
+        breaks = float(sum(broken.count for broken in facts.graph_breaks))
         return {"compile/graphs": float(facts.graphs), "compile/graph_breaks": breaks}, messages
+
+
+def _at(event: CompileEvent) -> str:
+    """' at FILE:LINE'; '' where torch does not say."""
+    return f" at {event.where}" if event.where else ""
+
+
+def _graph_breaks(dynamo: Any) -> Iterator[tuple[str, str]]:
+    """(where, why) of every break; of functions left to Python whole, among the last 64 only."""
+    for broken in dynamo.graph_break_reasons:
+        stack, reason = broken.user_stack, broken.reason
+        # torch's note is for its own developers here.
+        if reason.startswith("generic_jump"):
+            reason = f"a branch on the value of a tensor ({reason})"
+        yield _place(stack[-1].filename, stack[-1].lineno) if stack else "", reason
+    for compilation in _compilations():
+        # As where a loop holds the break.
+        if compilation.fail_type == "Unsupported":
+            place = compilation.fail_user_frame_filename, compilation.fail_user_frame_lineno
+            yield _place(*place), compilation.fail_reason or ""
+
+
+def _recompilations() -> list[Any]:
+    return [compilation for compilation in _compilations() if compilation.recompile_reason]
+
+
+def _recompile(compilation: Any) -> tuple[str, str]:
+    """(where, why). All blocks of a class share the function, so the guard may be another's."""
+    place = compilation.co_filename, compilation.co_firstlineno
+    return _place(*place), compilation.recompile_reason
+
+
+def _place(file: str | None, line: int | None) -> str:
+    return f"{file}:{line}" if file else ""
+
+
+def _counted(events: Iterable[tuple[str, str]]) -> tuple[CompileEvent, ...]:
+    """Each place and reason once, in the order of their first times."""
+    counts = Counter((where, " ".join(str(reason).split())) for where, reason in events)
+    return tuple(CompileEvent(*event, count) for event, count in counts.items())
 
 
 def _compilations() -> list[Any]:
@@ -94,15 +136,14 @@ def _latest() -> int:
     return max((c.start_time_us or 0 for c in _compilations()), default=0)
 
 
-def _reasons_since(seen: int) -> list[str]:
-    """Why something was compiled again in the steps after that."""
-    return [
-        " ".join(c.recompile_reason.split())
-        for c in _compilations()
-        if c.recompile_reason
-        and (began := c.start_time_us or 0) > seen
+def _recompiles_since(seen: int) -> tuple[CompileEvent, ...]:
+    """What was compiled again in the steps after that."""
+    return _counted(
+        _recompile(c)
+        for c in _recompilations()
+        if (began := c.start_time_us or 0) > seen
         and not any(before < began <= after for before, after in _evaluations)
-    ]
+    )
 
 
 def _dynamo() -> Any:

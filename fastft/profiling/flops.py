@@ -3,7 +3,8 @@
 A multiplication and an addition count as two. Only matrix products, convolutions and attention are
 counted: of everything else a GPU does thousands per byte it could move. Recomputed work counts
 again, and causal attention counts in full; torch.utils.flop_counter does the same. fastft's own
-attention kernels are not counted: where nothing is compiled they are no operators in the trace.
+attention kernels are not counted: the trace holds their tensors, but not how they are cut into
+windows.
 """
 
 import math

@@ -7,7 +7,7 @@ between steps (logging, evaluation, saving) counts for neither.
 
 import bisect
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ from fastft.profiling.report import (
     RunFacts,
 )
 from fastft.profiling.trace import STEP, Call, GpuWork, Trace
+from fastft.profiling.traffic import kernel_bytes, peak_bandwidth
 
 TOP_KERNELS = 20
 
@@ -51,6 +52,8 @@ class Work:
     Attributes:
         calls: 0 for what is a later part of the same call.
         flops: that it computed; 0: not known.
+        bytes: that it moved; None: not known.
+        is_estimate: the bytes are those of its arguments.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Work:
     calls: int = 1
     flops: int = 0
     bytes: float | None = None
+    is_estimate: bool = False
 
 
 def measure(
@@ -96,7 +100,7 @@ def measure(
         true_step_ms=true_ms,
         phases=_phases(window, clipped if on_gpu else None),
         kinds=_kinds(clipped, steps, of_ms),
-        kernels=_kernels(works, of_ms * steps)[:TOP_KERNELS],
+        kernels=_kernels(works, of_ms * steps, peak_bandwidth(run.device))[:TOP_KERNELS],
         waits=window.waits(),
         arithmetic=_arithmetic(flops, true_ms, run),
         fp32_matmul_share=sum(w.end - w.start for w in clipped if is_fp32_matmul(w.name))
@@ -187,6 +191,7 @@ class _Window:
     def gpu_work(self) -> list[Work]:
         """Work on the GPU that a step launched, or that runs while a step goes on."""
         steps = union(self.steps)
+        launches = Counter(work.external_id for work in self._trace.gpu)
         found, counted = [], []
         for work in self._trace.gpu:
             launched = self._launched(work)
@@ -198,7 +203,13 @@ class _Window:
             chain = self._callers(self._by_id.get(work.external_id, -1))
             names = [self._trace.operators[index].name for index in chain]
             kind = kernel_kind(work.name, phase, names)
-            found.append(Work(work.name, kind, phase, work.start, work.end, bytes=work.bytes))
+            moved = work.bytes
+            if moved is None and chain and launches[work.external_id] == 1:
+                moved = kernel_bytes(work.name, self._trace.operators[chain[0]])
+            is_estimate = work.bytes is None and moved is not None
+            found.append(
+                Work(work.name, kind, phase, work.start, work.end, 1, 0, moved, is_estimate)
+            )
             counted.append(self._owners[chain[0]] if chain and kind != "copies" else -1)
         return self._with_flops(found, counted)
 
@@ -302,7 +313,9 @@ def _kinds(works: Sequence[Work], steps: int, step_ms: float) -> tuple[KindTime,
     return tuple(KindTime(name, time, time / whole) for name, time in ms.items())
 
 
-def _kernels(works: Sequence[Work], total_ms: float) -> tuple[KernelTime, ...]:
+def _kernels(
+    works: Sequence[Work], total_ms: float, bandwidth: float | None
+) -> tuple[KernelTime, ...]:
     grouped: dict[tuple[str, str], list[Work]] = defaultdict(list)
     for work in works:
         grouped[work.name, work.kind].append(work)
@@ -315,6 +328,11 @@ def _kernels(works: Sequence[Work], total_ms: float) -> tuple[KernelTime, ...]:
         known_us = sum(run.end - run.start for run in known)
         moved = [run for run in runs if run.bytes is not None]
         moved_us = sum(run.end - run.start for run in moved)
+        rate = sum(run.bytes or 0 for run in moved) / moved_us * 1e6 if moved_us else None
+        is_estimate = any(run.is_estimate for run in moved)
+        # Beyond what memory can do, the arguments were in a cache, or were not read in full.
+        if is_estimate and rate and bandwidth and rate > bandwidth:
+            rate = None
         found.append(
             KernelTime(
                 name=name,
@@ -324,7 +342,8 @@ def _kernels(works: Sequence[Work], total_ms: float) -> tuple[KernelTime, ...]:
                 share=us / 1e3 / total_ms,
                 mean_us=us / calls,
                 tflops=sum(run.flops for run in known) / known_us / 1e6 if known_us else None,
-                gb_per_s=sum(r.bytes or 0 for r in moved) / moved_us / 1e3 if moved_us else None,
+                gb_per_s=None if rate is None else rate / 1e9,
+                gb_per_s_is_estimate=is_estimate and rate is not None,
             )
         )
     return tuple(sorted(found, key=lambda kernel: -kernel.total_ms))

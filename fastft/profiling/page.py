@@ -7,7 +7,7 @@ from string import Template
 
 from fastft.profiling.memory_chart import memory_chart
 from fastft.profiling.palette import KIND_COLOURS, PHASE_COLOURS, kind_label
-from fastft.profiling.report import IDLE, KernelTime, ProfileReport
+from fastft.profiling.report import IDLE, CompileEvent, KernelTime, ProfileReport
 from fastft.profiling.style import CSS
 
 # Characters that a whole bar has room for. Parts too narrow for their name have none: the table
@@ -212,7 +212,9 @@ def _short(name: str) -> str:
 def _rate(kernel: KernelTime) -> str:
     if kernel.tflops is not None:
         return rate_text(kernel.tflops)
-    return f"{kernel.gb_per_s:.1f} GB/s" if kernel.gb_per_s is not None else ""
+    if kernel.gb_per_s is None:
+        return ""
+    return f"{'≈ ' if kernel.gb_per_s_is_estimate else ''}{kernel.gb_per_s:,.1f} GB/s"
 
 
 def _waits(report: ProfileReport) -> str:
@@ -237,21 +239,27 @@ def _compiled(report: ProfileReport) -> str:
         f" in the profiled steps; Inductor's cache had {compiled.cache_hits} of"
         f" {compiled.cache_hits + compiled.cache_misses} asked for.</p>"
     ]
-    breaks = sorted(compiled.graph_breaks.items(), key=lambda item: -item[1])
-    if breaks:
-        rows = [[_long(reason), f"{count:,}"] for reason, count in breaks]
-        lines.append(_table(["reason of a graph break", "count"], rows))
+    if compiled.graph_breaks:
+        lines.append(_events("graph break at", compiled.graph_breaks))
     else:
         lines.append("<p>No graph breaks.</p>")
     if compiled.recompiles:
         lines.append(
             '<p class="dim">Compiled anew. Each distinct block takes a graph of its own, in train'
-            " and in eval mode, and so does each new size.</p>"
+            " and in eval mode, and so does each new size. Blocks of one class share a function, so"
+            " the reason may be what another block's graph expects.</p>"
         )
-        lines.append(
-            _table(["reason of a recompilation"], [[_long(r)] for r in compiled.recompiles])
-        )
+        lines.append(_events("compiled anew: the function at", compiled.recompiles))
     return "<h2>torch.compile</h2>\n" + "\n".join(lines)
+
+
+def _events(title: str, events: Sequence[CompileEvent]) -> str:
+    """The most frequent first."""
+    rows = [
+        [_long(event.where or "unknown"), _long(event.reason), f"{event.count:,}"]
+        for event in sorted(events, key=lambda event: -event.count)
+    ]
+    return _table([title, "reason", "count"], rows, text=2)
 
 
 def _memory(report: ProfileReport) -> str:
@@ -289,6 +297,13 @@ def _method(report: ProfileReport) -> str:
         "FLOPs are those of matrix products, convolutions and attention, from the shapes of their"
         " operators. Recomputed work counts, and causal attention counts in full."
     )
+    if any(kernel.gb_per_s_is_estimate for kernel in report.kernels):
+        said.append(
+            "≈ GB/s is an estimate: bytes of the kernel's arguments, each counted once, over its"
+            " time. A kernel that writes in place or reads twice moves more, one that reads a part"
+            " moves less. No rate is shown where it would be above that of the GPU's memory, as"
+            " where a cache has the arguments."
+        )
     said.append("The profiler slows the host down by some microseconds per operator.")
     items = "".join(f"<li>{_text(note)}</li>" for note in said)
     return f'<h2>How this was measured</h2>\n<ul class="notes">{items}</ul>'

@@ -85,7 +85,9 @@ class KernelTime:
         share: of as many steps.
         mean_us: per call.
         tflops: achieved, in 1e12 FLOP/s; None: not known.
-        gb_per_s: achieved by a copy, in 1e9 bytes/s; None: not known.
+        gb_per_s: achieved, in 1e9 bytes/s; None: not known.
+        gb_per_s_is_estimate: it counts the kernel's arguments, as `fastft.profiling.traffic` says;
+            of copies it counts what the driver did.
     """
 
     name: str
@@ -96,6 +98,7 @@ class KernelTime:
     mean_us: float
     tflops: float | None = None
     gb_per_s: float | None = None
+    gb_per_s_is_estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,22 +138,38 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
+class CompileEvent:
+    """torch.compile left a graph, or compiled a function again.
+
+    Attributes:
+        where: file:line of the code that broke the graph, or of the function; '': torch does not
+            say.
+        reason: torch's words, on one line.
+        count: how often, for this reason at this place.
+    """
+
+    where: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
 class CompileFacts:
     """What torch.compile did, since the process began unless said otherwise.
 
     Attributes:
         graphs: compiled.
         graphs_in_window: compiled in the profiled steps.
-        graph_breaks: reason -> count.
-        recompiles: reasons, one for each.
+        graph_breaks: in the order of their first times.
+        recompiles: among the last 64 compilations.
         cache_hits: graphs that came from Inductor's cache.
         cache_misses: graphs that did not.
     """
 
     graphs: int = 0
     graphs_in_window: int = 0
-    graph_breaks: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    recompiles: tuple[str, ...] = ()
+    graph_breaks: tuple[CompileEvent, ...] = ()
+    recompiles: tuple[CompileEvent, ...] = ()
     cache_hits: int = 0
     cache_misses: int = 0
 

@@ -37,9 +37,11 @@ class Operator:
     Attributes:
         external_id: what the GPU work launched from it refers to; -1: unknown.
         dims: shape of each argument, empty for what is no tensor.
+        strides: of each argument, in elements; likewise.
         types: C++ name of each argument's type, as 'float' or 'c10::BFloat16'.
         values: arguments that are no tensors, as text.
         parent: index of the operator that called it, -1: none.
+        bytes: that it moves, where its caller told the profiler; None: not known.
     """
 
     name: str
@@ -48,9 +50,11 @@ class Operator:
     end: float
     external_id: int
     dims: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
     types: tuple[str, ...]
     values: tuple[str, ...]
     parent: int = -1
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +176,11 @@ def _nested(events: list[Mapping[str, Any]]) -> list[Operator]:
             end,
             _ids(event)[1],
             tuple(_shape(dims) for dims in arguments.get("Input Dims", ())),
+            tuple(_shape(strides) for strides in arguments.get("Input Strides", ())),
             tuple(arguments.get("Input type", ())),
             tuple(map(str, arguments.get("Concrete Inputs", ()))),
             stack[-1] if stack else -1,
+            arguments.get("bytes"),
         )
         stack.append(len(found))
         found.append(operator)
@@ -182,5 +188,5 @@ def _nested(events: list[Mapping[str, Any]]) -> list[Operator]:
 
 
 def _shape(dims: Any) -> tuple[int, ...]:
-    """The shape of one argument; of a list of tensors, whose shapes are nested, none."""
+    """Shape or strides of one argument; of a list of tensors, where they are nested, none."""
     return tuple(dims) if all(isinstance(size, int) for size in dims) else ()

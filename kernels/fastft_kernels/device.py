@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import forward_ad, profiler
 from triton import knobs
 
 MAX_COLUMNS = 16384
@@ -16,6 +17,7 @@ HEAD_COLUMNS = (16, 32, 64, 128)
 
 # As it was when the kernels were decorated; setting the variable later changes nothing.
 _INTERPRETED = bool(knobs.runtime.interpret)
+_UNSEEN = contextlib.nullcontext()
 _interpreting = False
 _pretending = False
 
@@ -98,11 +100,39 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *arguments: Any,
+    moved_bytes: int | None = None,
+    **options: Any,
 ) -> None:
-    """Runs a Triton kernel on the tensors' device, which need not be the current one."""
-    with _current(device):
+    """Runs a Triton kernel on the tensors' device, which need not be the current one.
+
+    Args:
+        moved_bytes: what profiles show of a kernel that goes by tables of addresses; of others they
+            show the arguments.
+    """
+    with _current(device), _seen_by_profiler(kernel, arguments, moved_bytes):
         kernel[grid](*arguments, **options)
+
+
+def _seen_by_profiler(
+    kernel: Any, arguments: Sequence[Any], moved_bytes: int | None
+) -> contextlib.AbstractContextManager:
+    """While torch's profiler runs, an operator of the kernel's name, as Inductor's launches are.
+
+    It holds each tensor among the arguments once, or `moved_bytes`. A tensor of int64 is a table of
+    addresses, and says nothing of what lies there: without `moved_bytes` there is no operator.
+    """
+    if not profiler._is_profiler_enabled:
+        return _UNSEEN
+    if moved_bytes is not None:
+        return _RecordFunctionFast(kernel.__name__, (), {"bytes": moved_bytes})
+    tensors = {id(t): t for t in arguments if isinstance(t, torch.Tensor)}.values()
+    if any(tensor.dtype is torch.int64 for tensor in tensors):
+        return _UNSEEN
+    return _RecordFunctionFast(kernel.__name__, tuple(tensors))
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
@@ -117,19 +147,28 @@ class RepeatedLaunch:
     to launch it; here that is done once.
 
     Args:
+        moved_bytes: what profiles show of a kernel that goes by tables of addresses; of others they
+            show the arguments.
         options: the kernel's constants, which follow its other arguments, and `num_warps`.
     """
 
     def __init__(
-        self, kernel: Any, programs: int, device: torch.device, num_warps: int = 4, **options: Any
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        num_warps: int = 4,
+        moved_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         self._kernel, self._grid, self._device = kernel, (programs, 1, 1), device
-        self._warps, self._constants = num_warps, options
+        self._warps, self._moved_bytes, self._constants = num_warps, moved_bytes, options
         self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> None:
         """Everything but the constants, in the kernel's order."""
-        with _current(self._device):
+        seen = _seen_by_profiler(self._kernel, arguments, self._moved_bytes)
+        with _current(self._device), seen:
             if self._compiled is not None:
                 self._compiled[self._grid](*arguments, *self._constants.values())
                 return

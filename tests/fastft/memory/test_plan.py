@@ -331,8 +331,9 @@ def test_measuring_that_hits_the_limit_is_an_error_with_advice(
     monkeypatch.setattr(plan, "try_rehearsal", lambda *_, **__: None)
     monkeypatch.setattr(plan, "measure_costs", out_of_memory)
     one = task()
-    with pytest.raises(PlanError, match=r"no plan fits 1\.00 GiB"):
+    with pytest.raises(PlanError, match=r"no plan fits 1\.00 GiB") as raised:
         make_plan(step_of(one), forwards_of(one), [Batch({}, 8)], 2**30, quiet())
+    assert raised.value.problems[-1].startswith("`fastft plan RUN.toml --no-device` estimates")
     # What an earlier measurement found is still said.
     for limit in (LEAST // 2, COSTS.fixed_bytes // 2):
         with pytest.raises(PlanError, match="the least peak is"):

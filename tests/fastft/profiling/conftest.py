@@ -26,13 +26,19 @@ class TraceBuilder:
         dims: Sequence[Any] = (),
         values: Sequence[str] = (),
         thread: int = 1,
+        types: Sequence[str] = (),
+        strides: Sequence[Any] = (),
+        **more: Any,
     ) -> int:
         """Returns its external id."""
         self._number += 1
         arguments = {
             "External id": self._number,
             "Input Dims": [list(shape) for shape in dims],
+            "Input Strides": [list(steps) for steps in strides],
+            "Input type": list(types),
             "Concrete Inputs": list(values),
+            **more,
         }
         self._add("cpu_op", name, start, end, arguments, thread)
         return self._number

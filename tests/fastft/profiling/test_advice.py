@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from fastft.profiling import CompileFacts, ProfileReport, RunFacts, advise, measure, parse_trace
+from fastft.profiling import (
+    CompileEvent,
+    CompileFacts,
+    ProfileReport,
+    RunFacts,
+    advise,
+    measure,
+    parse_trace,
+)
 
 
 @pytest.fixture
@@ -141,11 +149,12 @@ def test_norms_name_what_is_left_to_try(
 
 
 def test_compilation(quiet: ProfileReport) -> None:
-    breaks = CompileFacts(graphs=3, graph_breaks={"print": 2, "item": 1})
+    once, twice = CompileEvent("a.py:3", "item", 1), CompileEvent("b.py:7", "print", 2)
+    breaks = CompileFacts(graphs=3, graph_breaks=(once, twice))
     for facts, others in ({}, False), ({"compile": "model"}, True):
         run = dataclasses.replace(quiet.run, **facts)
         _, text = only(dataclasses.replace(quiet, compiled=breaks, run=run))
-        assert "3 times" in text
+        assert "3 times, most at b.py:7, a.py:3;" in text
         assert ("step.compile = 'blocks'" in text) == others
     late = CompileFacts(graphs=3, graphs_in_window=1)
     assert only(dataclasses.replace(quiet, compiled=late))[0] == "profile.at_step"

@@ -1,11 +1,12 @@
 """torch.compile's own counters."""
 
-from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
+from torch._dynamo import utils as dynamo
+from torch._dynamo.output_graph import GraphCompileReason
 
 from fastft.profiling.compiled import (
     CompileWatch,
@@ -27,8 +28,40 @@ def test_graphs_breaks_and_recompiles() -> None:
     compiled(torch.ones(3), 3)
     facts = compile_facts(before)
     assert facts.graphs > facts.graphs_in_window > 0
-    assert any("for the test" in reason for reason in facts.graph_breaks)
-    assert any("power" in reason for reason in facts.recompiles)
+    (broke,) = [e for e in facts.graph_breaks if "for the test" in e.reason]
+    assert (broke.where, broke.count) == (line_of(broken, 2), 1)
+    (again,) = [e for e in facts.recompiles if "power" in e.reason]
+    # The part behind the break is a function of its own, which begins there.
+    assert (again.where, again.count) == (line_of(broken, 2), 1)
+
+
+def line_of(function: Callable[..., object], lines_below: int) -> str:
+    """Of its `def`, or below."""
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno + lines_below}"
+
+
+def test_breaks_are_found_in_calls_branches_and_loops() -> None:
+    def called(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break("in a call")
+        return x + 1
+
+    def branched(x: Tensor) -> Tensor:
+        x = called(x)
+        return x + 1 if x.sum() > 0 else x - 1
+
+    def looped(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + 1
+            torch._dynamo.graph_break("in a loop")
+        return x
+
+    for function in (branched, looped):
+        torch.compile(function, backend="eager")(torch.ones(3))
+    reasons = {event.where: event.reason for event in compile_facts(0).graph_breaks}
+    assert "in a call" in reasons[line_of(called, 1)]
+    assert reasons[line_of(branched, 2)].startswith("a branch on the value of a tensor")
+    assert "in a loop" in reasons[line_of(looped, 3)]
 
 
 def test_the_watch_tells_of_what_comes_after_the_first_look() -> None:
@@ -47,6 +80,7 @@ def test_the_watch_tells_of_what_comes_after_the_first_look() -> None:
     assert len(messages) == 1
     assert messages[0].startswith("torch.compile compiled again, graphs: 1; ")
     assert "power" in messages[0]
+    assert messages[0].endswith(f" at {line_of(scaled, 0)}")
 
     def broken(x: Tensor) -> Tensor:
         torch._dynamo.graph_break("seen by the watch")
@@ -55,7 +89,9 @@ def test_the_watch_tells_of_what_comes_after_the_first_look() -> None:
     torch.compile(broken, backend="eager")(torch.ones(3))
     values, messages = watch.look()
     assert values["compile/graph_breaks"] > first["compile/graph_breaks"]
-    assert any("left a graph" in m and "seen by the watch" in m for m in messages)
+    (message,) = [message for message in messages if "seen by the watch" in message]
+    assert message.startswith(f"torch.compile left a graph at {line_of(broken, 1)}: ")
+    assert "\n" not in message
 
 
 def test_the_watch_gives_the_reasons_since_the_last_look() -> None:
@@ -101,11 +137,13 @@ def test_graphs_of_an_evaluation_are_no_news() -> None:
     assert len(watch.look()[1]) == 1
 
 
-def test_graph_breaks_are_told_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_breaks_are_told_once_and_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))
     watch = CompileWatch()
     watch.look()
     reasons = [f"a reason\n  {letter}" for letter in "qwertyuiop"]
-    monkeypatch.setitem(counters, "graph_break", Counter(reasons))
+    breaks = [GraphCompileReason(reason, [], graph_break=False) for reason in reasons * 2]
+    monkeypatch.setattr(dynamo, "graph_break_reasons", breaks)
     expected = [f"torch.compile left a graph: {' '.join(reason.split())}" for reason in reasons]
     assert watch.look()[1] == expected
+    assert watch.look()[1] == []

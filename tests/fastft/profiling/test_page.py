@@ -12,6 +12,7 @@ import pytest
 
 from fastft.profiling import (
     Advice,
+    CompileEvent,
     CompileFacts,
     MemoryReport,
     ProfileReport,
@@ -98,8 +99,8 @@ def vision(trace: Any, gpu_run: RunFacts) -> ProfileReport:
     )
     compiled = CompileFacts(
         graphs=2,
-        graph_breaks={"call to print(<x> & 'y')": 3},
-        recompiles=("size of x changed: 64 != 32",),
+        graph_breaks=(CompileEvent("model.py:12", "call to print(<x> & 'y')", 3),),
+        recompiles=(CompileEvent("blocks.py:40", "size of x changed: 64 != 32", 2),),
         cache_hits=1,
         cache_misses=1,
     )
@@ -124,6 +125,8 @@ def test_every_part_is_on_the_page(vision: ProfileReport) -> None:
         f"{wait.count}</td><td>{wait.ms:.2f}",
         f"{vision.memory and vision.memory.peak / 2**30:.2f} GiB",
         "31.50 ms",
+        "model.py:12",
+        "blocks.py:40",
         "size of x changed: 64 != 32",
         *(f"{kind.ms:,.2f}" for kind in vision.kinds if kind.ms),
     ]
