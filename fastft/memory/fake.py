@@ -59,6 +59,8 @@ class FakeMeter(TorchDispatchMode):
     2009), so times are lower bounds. Views and `empty` are free.
     """
 
+    steady = True
+
     def __init__(self, speed: Speed | None = None) -> None:
         super().__init__()
         self._speed = speed or a100()
@@ -311,9 +313,9 @@ def estimate_costs(
     forwards.use_everywhere(RECOMPUTE)
     calls = capture_calls(step, batches[0])
     names = [name for name, way in forwards.ways.items() if not way.offload]
-    measured = Menu(step.task, forwards, calls, names, meter, rounds=1).measure()
+    measured = Menu(step.task, forwards, calls, names, meter).measure()
     del calls
-    rest = measure_rest(step, batches, meter, steady=True)
+    rest = measure_rest(step, batches, meter)
     costs = assemble_costs(step, rest, measured, len(batches))
     held.clear()
     return replace(costs, update_seconds=meter.seconds(update, repeats=1))

@@ -191,14 +191,8 @@ class _Marks:
         self._meter.reset_peak()
 
 
-def measure_rest(
-    step: TrainingStep, batches: Sequence[Batch], meter: Meter, *, steady: bool = False
-) -> Rest:
-    """Rehearses a step with marks around the blocks; they should keep as little as they can.
-
-    Args:
-        steady: all rehearsals take the same time by the meter, so that one is enough.
-    """
+def measure_rest(step: TrainingStep, batches: Sequence[Batch], meter: Meter) -> Rest:
+    """Rehearses a step with marks around the blocks; they should keep as little as they can."""
     gc.collect()
     meter.reset_peak()
     blocks, marks = step.task.blocks, _Marks(step, meter)
@@ -210,7 +204,7 @@ def measure_rest(
         handles.append(block.module.register_forward_pre_hook(marks.before))
         handles.append(block.module.register_forward_hook(marks.behind(block.name)))
     try:
-        if steady:
+        if meter.steady:
             marks.rest.seconds = meter.seconds(lambda: rehearse(step, batches), repeats=1)
         else:
             rehearse(step, batches)
@@ -221,7 +215,7 @@ def measure_rest(
     marks.rest.other_gradients = (
         sum(p.nbytes for p in _outside(step) if p.requires_grad) - marks.rest.tail_gradients
     )
-    if not steady:
+    if not meter.steady:
         # Once around all: what a rehearsal begins and ends with makes the device wait.
         with step.rehearsal():
             marks.rest.seconds = meter.seconds(lambda: step(0, batches), repeats=3)

@@ -45,7 +45,7 @@ class Menu:
     """What a step's blocks cost under the ways that were measured so far.
 
     Each distinct block is measured once. All its ways are timed in turns, so that a device that
-    changes its clock changes it for all of them.
+    changes its clock changes it for all of them; under a steady meter, where they are measured.
 
     Args:
         calls: what the blocks are called with; held as long as this is.
@@ -177,6 +177,8 @@ class Menu:
             self._trials[kind][name] = trial
 
     def _time(self, kind: str) -> None:
+        if self._meter.steady:
+            return
         known = self._found[kind]
         times: dict[str, list[float]] = {name: [] for name in known}
         for _, name in itertools.product(range(self._rounds), known):

@@ -16,7 +16,13 @@ _SLEEP = 1.5
 
 
 class Meter(Protocol):
-    """Bytes that tensors hold, the highest since the last reset, and the time of a call."""
+    """Bytes that tensors hold, the highest since the last reset, and the time of a call.
+
+    Attributes:
+        steady: equal calls take the same bytes and time, the first too: one tells all.
+    """
+
+    steady: bool
 
     def allocated(self) -> int:
         """Bytes in tensors now."""
@@ -48,6 +54,8 @@ class DeviceMeter:
     Args:
         device: the GPU.
     """
+
+    steady = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

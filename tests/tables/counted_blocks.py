@@ -26,6 +26,7 @@ class HandMeter:
     """Counts what it is told, not what torch allocates; every call takes a quarter of a second."""
 
     def __init__(self, held: int = 0) -> None:
+        self.steady = False
         self.now = self.top = held
         self.repeats: list[int] = []
 

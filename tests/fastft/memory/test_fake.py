@@ -258,6 +258,27 @@ def test_the_optimizers_state_is_as_large_as_said(settings: dict[str, Any]) -> N
     assert held == pytest.approx(state_bytes(config) * model.weight.numel(), rel=1e-4)
 
 
+def test_each_way_of_a_block_runs_once() -> None:
+    runs = 0
+
+    class Counted(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal runs
+            runs += 1
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(8, WIDTH), Counted(), Counted(), nn.Linear(WIDTH, 8))
+    meter = FakeMeter()
+    with on_fake_tensors(meter) as mode:
+        inputs = torch.zeros(BATCH, 8)
+        step, forwards, batches = make_fake_step(model, inputs, mode, meter)
+        costs = estimate_costs(CONFIG, step, forwards, batches, meter)
+    # All but the first way compute it again in the backward.
+    ways = 2 * len(costs.blocks[0].choices) - 1
+    capture, rehearsal = 2, 2 * 2
+    assert runs == capture + ways + rehearsal
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_whole_menu_of_a_transformer(micro_batches: int) -> None:
     model = nn.Sequential(nn.Linear(8, WIDTH), Transformer(), Transformer(), nn.Linear(WIDTH, 8))
