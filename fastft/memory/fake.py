@@ -6,7 +6,7 @@ over fake CUDA tensors where there is no driver; `as_on_gpu` makes up for the di
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fastft.blocks import RECOMPUTE, BlockForwards
 from fastft.config import RunConfig
+from fastft.memory.fake_mode import FakeMode
 from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
@@ -68,6 +69,11 @@ class FakeMeter(TorchDispatchMode):
         self._allocated = self._peak = 0
         self._seconds = 0.0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here; the wrapper that keeps torch's compiler out takes time.
+        return False
+
     def allocated(self) -> int:
         """Bytes in storages now, each rounded up to 512."""
         return self._allocated
@@ -93,9 +99,12 @@ class FakeMeter(TorchDispatchMode):
 
     def hold(self, values: Any) -> None:
         """Counts tensors that were made outside of the mode."""
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                self._count(value.untyped_storage())
+        self._hold(x for x in tree_leaves(values) if isinstance(x, Tensor))
+
+    def _hold(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.layout == torch.strided:
+                self._count(tensor.untyped_storage())
 
     def pass_time(self, moved_bytes: float) -> None:
         """Adds the time of moving bytes that no operator moves."""
@@ -105,12 +114,15 @@ class FakeMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operator, then counts what it made and the time it would take."""
+        if func is torch.ops.prim.device.default:
+            # Asked several times per operator.
+            return args[0].device
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func.namespace == "prim":
-            # A question about a tensor, such as its device.
+            # A question about a tensor.
             return output
-        self.hold(output)
+        self._hold(_tensors((output,)))
         if not (_is_view(func) or "empty" in func.__name__):
             self._seconds += self._time(func, args, kwargs, output)
         return output
@@ -130,7 +142,7 @@ class FakeMeter(TorchDispatchMode):
         self._peak = max(self._peak, self._allocated)
 
     def _time(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> float:
-        tensors = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values(), output)))
         moved = sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
         seconds = moved / self._speed.bytes_per_second
         formula = _FLOPS.get(func._overloadpacket)
@@ -138,6 +150,15 @@ class FakeMeter(TorchDispatchMode):
             rate = self._speed.matmul.get(tensors[0].dtype, self._speed.matmul[torch.float32])
             seconds = max(seconds, formula(*args, **kwargs, out_val=output) / rate)
         return seconds
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among an operator's arguments or results, which may be lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
@@ -236,7 +257,10 @@ _AS_ON_GPU: dict[Any, Callable[..., Tensor]] = {
 
 
 class Unfilled(TorchFunctionMode):
-    """Random fills leave memory untouched: fast, for a model that is built and never run."""
+    """Fills leave memory untouched: fast, for a model that is built and never run.
+
+    Those with random numbers, and with zeros where they are parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +271,8 @@ class Unfilled(TorchFunctionMode):
     ) -> Any:
         """Skips the fills, and what makes a fill another one right behind it."""
         first = args[0] if args else (kwargs or {}).get("tensor")
-        if func in _FILLS or (func in _RESCALES and first is self._unfilled):
+        fills = func in _FILLS or (func is Tensor.zero_ and isinstance(first, nn.Parameter))
+        if fills or (func in _RESCALES and first is self._unfilled):
             self._unfilled = first
             return first
         self._unfilled = None
@@ -261,11 +286,8 @@ _RESCALES = (Tensor.mul_, Tensor.add_, Tensor.clamp_)
 
 @contextlib.contextmanager
 def on_fake_tensors(meter: FakeMeter) -> Iterator[FakeTensorMode]:
-    """In this context tensors are fake, behave as on a GPU, and are counted.
-
-    Those that a model holds beside its parameters and buffers become fake where they are used.
-    """
-    with as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True) as mode, meter:
+    """In this context tensors are fake, behave as on a GPU, and are counted."""
+    with as_on_gpu(), FakeMode() as mode, meter:
         yield mode
 
 
@@ -310,8 +332,8 @@ def estimate_costs(
         meter.pass_time(3 * weights + 2 * state)
 
     step.optimizer.update = update
-    forwards.use_everywhere(RECOMPUTE)
     calls = capture_calls(step, batches[0])
+    forwards.use_everywhere(RECOMPUTE)
     names = [name for name, way in forwards.ways.items() if not way.offload]
     measured = Menu(step.task, forwards, calls, names, meter).measure()
     del calls

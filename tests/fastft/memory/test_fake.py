@@ -222,7 +222,7 @@ def test_a_fake_model_holds_no_memory_and_keeps_its_ties() -> None:
         assert batch["name"] == "a"
 
 
-def test_random_fills_are_skipped() -> None:
+def test_fills_are_skipped() -> None:
     kept = torch.full((8,), 5.0)
     with Unfilled():
         nn.init.uniform_(kept)
@@ -230,8 +230,13 @@ def test_random_fills_are_skipped() -> None:
         nn.init.trunc_normal_(kept, mean=1.0)
         nn.init.ones_(other := torch.empty(3))
         other.mul_(2)
+        # Zeros are skipped in parameters alone; what a buffer holds may be read.
+        nn.init.zeros_(weight := nn.Parameter(torch.ones(2)))
+        nn.init.zeros_(buffer := torch.ones(2))
     assert kept.tolist() == [5] * 8
     assert other.tolist() == [2, 2, 2]
+    assert weight.tolist() == [1, 1]
+    assert buffer.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
