@@ -1,6 +1,8 @@
 """The command line: `fastft train | plan | evaluate | check | stats | show | export | ...`."""
 
 import argparse
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Read when torch first allocates on a GPU. Segments that grow leave few gaps, so that what
         # is reserved stays close to what is used, which a memory budget needs.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # Python's last search for garbage would walk through all that torch brought: a second.
+    atexit.register(gc.freeze)
     console = Console(stderr=False, soft_wrap=not sys.stdout.isatty())
     try:
         options.run(options, console)
@@ -194,13 +198,20 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
-    importlib.import_module("fastft.plan").plan(
-        _config(options),
-        console,
-        budgets=options.budget.split(",") if options.budget is not None else (),
-        no_device=options.no_device,
-        out=options.out,
-    )
+    if options.no_device:
+        # Python's searches for garbage among all that torch brings take a second of ten, and the
+        # estimate has its own.
+        gc.disable()
+    try:
+        importlib.import_module("fastft.plan").plan(
+            _config(options),
+            console,
+            budgets=options.budget.split(",") if options.budget is not None else (),
+            no_device=options.no_device,
+            out=options.out,
+        )
+    finally:
+        gc.enable()
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

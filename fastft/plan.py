@@ -1,6 +1,7 @@
 """`fastft plan`: what a run's blocks would keep inside each of several budgets."""
 
 import dataclasses
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,8 @@ def _estimate(config: RunConfig) -> Measured:
         with open_loader(adapter, config.data, seed=run.seed, device=run.device) as loader:
             example = loader.example()
         try:
+            # What was imported has no garbage; `long_lived_apart` thaws it.
+            gc.freeze()
             with on_fake_tensors(meter) as mode:
                 make_fake(task.model, mode, meter)
                 step, forwards, average = _build(pretended, task, run.device, quiet)

@@ -1,6 +1,7 @@
 """`fastft plan --no-device`, as it is typed: its table, its files, and what it refuses."""
 
 import dataclasses
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def rows(output: str) -> list[list[str]]:
 def test_table_plans_and_picture(plan: Callable[..., Any]) -> None:
     outcome = plan("--budget", f"{AMPLE},{TIGHT},{TINY}")
     assert (outcome.code, outcome.errors) == (0, "")
+    assert gc.isenabled()
     ample, tight, tiny = rows(outcome.output)
     assert (ample[0], ample[3:]) == (AMPLE, ["0.0%", "0.00", f"0-{DEPTH - 1}: keep all"])
     assert tight[0] == TIGHT
