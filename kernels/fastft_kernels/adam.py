@@ -326,6 +326,7 @@ def _launches(tables: "AdamTables", layout: str) -> tuple[RepeatedLaunch, Repeat
         tables.chunks.chunks,
         device,
         num_warps=schedule.warps,
+        moved_bytes=tables.moved_bytes,
         KINDS=tables.kinds.names,
         LAYOUT=layout,
         STATISTICS=tables.statistic is not None,
@@ -347,6 +348,7 @@ class AdamTables:
         params, grads: addresses, int64 `[tensors]`; grads holds 0 where there is no gradient.
         moments: addresses of m, v and (8-bit) their exponents, int64 `[4, tensors]`.
         statistic: float32 `[chunks, 3]` or None.
+        moved_bytes: by one step.
         launches: of both kernels; None: to be made for the kinds.
     """
 
@@ -362,4 +364,5 @@ class AdamTables:
     moments: Tensor
     scalars: Tensor
     statistic: Tensor | None
+    moved_bytes: int = 0
     launches: tuple[RepeatedLaunch, RepeatedLaunch] | None = None

@@ -200,6 +200,7 @@ class AdamPlan:
             if self.staged or signature != self.signature:
                 self.signature = signature
                 tables.kinds, tables.launches = self._kinds(gradients), None
+                tables.moved_bytes = self._moved_bytes(gradients)
             actual = found.copy()
             # An empty tensor has no address, and yet a step to count; nothing reads it.
             for i in self.empty:
@@ -231,6 +232,14 @@ class AdamPlan:
             aligned = (p.data_ptr() | found.data_ptr()) % 16 == 0
             kinds.append((p.dtype, found.dtype, aligned))
         return Kinds(kinds, self.step.device)
+
+    def _moved_bytes(self, gradients: list[Tensor | None]) -> int:
+        total = 0
+        for p, g in zip(self.params, gradients, strict=True):
+            if g is not None:
+                moments = (t for name, t in self.optimizer.state[p].items() if name != "step")
+                total += g.nbytes + 2 * (p.nbytes + sum(t.nbytes for t in moments))
+        return total
 
     def _run_on_cpu(self, divisor: Tensor | None, skip: Tensor | None) -> None:
         if skip is not None and skip.item() != 0:

@@ -166,6 +166,7 @@ def launch_norms(
     kinds: Kinds,
     grads: Tensor,
     segments: Tensor,
+    moved_bytes: int,
     scale: Tensor,
     max_norm: Tensor,
     zclip: tuple[float, float, int, Tensor] | None,
@@ -176,6 +177,7 @@ def launch_norms(
     Args:
         chunks, kinds, grads: which gradients, and their addresses.
         segments: int32 `[tensors + groups + 1, 2]`, first and last chunk of each sum.
+        moved_bytes: of all gradients.
         scale, max_norm: 0-dim.
         zclip: decay, z_limit, warmup, state `[3]`.
         outputs: control is nonfinite count, clip coefficient, scale / coefficient, skip.
@@ -190,6 +192,7 @@ def launch_norms(
             norms.device,
             *(grads, chunks.numel, kinds.index, chunks.tensor, chunks.index),
             *(partial[0], partial[1], nonfinite),
+            moved_bytes=moved_bytes,
             KINDS=kinds.names,
             CHUNK=CHUNK,
             BLOCK=BLOCK,

@@ -81,6 +81,7 @@ class _Plan:
         order = sorted(range(count), key=groups.__getitem__)
         self.chunks = ChunkTable(numels, gradient_norm.CHUNK, device, order)
         self.kinds = Kinds(kinds, device)
+        self.moved_bytes = sum(n * kind[0].itemsize for n, kind in zip(numels, kinds, strict=True))
         tensors: list[list[int]] = [[0, 0] for _ in range(count)]
         in_group: list[list[int]] = [[0, 0] for _ in range(group_count)]
         end = 0
@@ -179,7 +180,8 @@ class GradientNorm:
         if self.zclip is not None and self.state is not None:
             zclip = (self.zclip.decay, self.zclip.z_limit, self.zclip.warmup, self.state)
         launch_norms(
-            plan.chunks, plan.kinds, plan.grads, plan.segments, scale, max_norm, zclip, outputs
+            *(plan.chunks, plan.kinds, plan.grads, plan.segments, plan.moved_bytes),
+            *(scale, max_norm, zclip, outputs),
         )
 
     def _refreshed_plan(self, grads: list[Tensor | None], groups: list[int], device) -> _Plan:

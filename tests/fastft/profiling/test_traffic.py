@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastft_kernels import layer_norm, residual_layer_norm
+from fastft_kernels import FusedAdam, GradientNorm, layer_norm, residual_layer_norm
 from fastft_kernels.device import RepeatedLaunch, launch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastft.profiling import CompileFacts, RunFacts, measure, parse_trace, read_trace
@@ -139,6 +140,20 @@ def test_norms_move_what_their_documents_say(tmp_path: Path) -> None:
     y = layer_norm(x)
     found = recorded(y.sum().backward, tmp_path, "_backward_kernel")
     assert found == [6 * elements + rows]
+
+
+@pytest.mark.parametrize("kernel_path", ["interpreter"], indirect=True)
+@pytest.mark.usefixtures("kernel_path")
+@pytest.mark.parametrize(("layout", "each"), [("fp32", 28), ("bf16", 20)])
+def test_adam_and_the_norm_say_what_they_move(layout: Any, each: int, tmp_path: Path) -> None:
+    """Of a parameter without a gradient nothing."""
+    params = [nn.Parameter(torch.randn(n)) for n in (100, 30, 7)]
+    optimizer, norm = FusedAdam(params, state_layout=layout), GradientNorm()
+    for p in params[:2]:
+        p.grad = torch.randn_like(p)
+    grads = [p.grad for p in params]
+    assert recorded(lambda: norm(grads), tmp_path, "_chunk_kernel") == [4 * 130]
+    assert recorded(optimizer.step, tmp_path, "_adam_kernel") == [each * 130]
 
 
 def recorded(case: Callable[[], object], folder: Path, kernel: str) -> list[int | None]:
