@@ -34,7 +34,8 @@ from fastft.memory.fake import (
     on_fake_tensors,
 )
 from fastft.memory.picture import Panel, draw_timeline
-from fastft.memory.plan import Plan, measure_costs, picked
+from fastft.memory.plan import measure_costs, picked
+from fastft.memory.saved_plan import Plan
 from fastft.memory.solve import Solution, StepCosts, host_bytes, smallest_peak, solve
 from fastft.runtime import open_run
 from fastft.step import Ema, TrainingStep

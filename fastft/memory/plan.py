@@ -1,21 +1,18 @@
 """From a budget in bytes to what each block keeps: measured, solved, tried, corrected."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from fastft.atomic import write_file_atomically
 from fastft.blocks import KEEP, LEAST, RECOMPUTE, BlockForwards
 from fastft.config import RunConfig
-from fastft.errors import PlanError, nearest
+from fastft.errors import PlanError
 from fastft.memory.budget import (
-    GIB,
     enforced_limit,
     nothing_fits,
     out_of_memory_explained,
@@ -31,6 +28,7 @@ from fastft.memory.measure import (
 from fastft.memory.menu import WORTH, Menu
 from fastft.memory.meter import DeviceMeter
 from fastft.memory.rehearsal import as_trained_in_the_end, free_cached, try_rehearsal
+from fastft.memory.saved_plan import Plan, load_plan
 from fastft.memory.solve import (
     Solution,
     StepCosts,
@@ -50,89 +48,6 @@ _THRASHES = (
     "memory: only a step fits in which the allocator gives memory back and begins again; a larger"
     " memory.budget is faster"
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each block of a run keeps.
-
-    Attributes:
-        budget_bytes: what torch's allocator may take.
-        ways: block name -> name of a way (see `fastft.blocks`).
-        predicted_bytes, predicted_seconds: of a step by the model; None where it was not needed.
-        peak_bytes, seconds: of a rehearsed step, measured; None where none was rehearsed.
-        host_bytes: of activations that wait on the host.
-    """
-
-    budget_bytes: int
-    ways: Mapping[str, str]
-    predicted_bytes: int | None = None
-    predicted_seconds: float | None = None
-    peak_bytes: int | None = None
-    seconds: float | None = None
-    host_bytes: int = 0
-
-    def save(self, path: Path) -> None:
-        """Writes JSON that `load_plan` reads."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        write_file_atomically(path, lambda temporary: temporary.write_text(text))
-
-    def summary(self) -> str:
-        """One line: how many blocks run which way, peak and budget, time of a step."""
-        counts: dict[str, int] = {}
-        for way in self.ways.values():
-            counts[way] = counts.get(way, 0) + 1
-        blocks = ", ".join(f"{count} x {way}" for way, count in counts.items()) or "no blocks"
-        peak = self.peak_bytes or self.predicted_bytes or 0
-        line = f"memory plan: {blocks}; peak {peak / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB"
-        if self.host_bytes:
-            line += f"; {self.host_bytes / GIB:.2f} GiB on the host"
-        seconds = self.seconds or self.predicted_seconds
-        return line + (f"; {1e3 * seconds:.0f} ms per step" if seconds else "")
-
-
-def load_plan(path: Path, forwards: BlockForwards) -> Plan:
-    """Reads a plan for these blocks.
-
-    Raises:
-        PlanError: not a plan, or one for other blocks or another `step.compile`.
-    """
-    if not path.exists():
-        raise PlanError(
-            f"memory.plan: must be 'auto', 'off' or a plan.json that fastft wrote; there is no file"
-            f" '{path}'; correct it"
-        )
-    try:
-        plan = Plan(**json.loads(path.read_text()))
-        ways = plan.ways
-        if not (isinstance(ways, dict) and all(isinstance(way, str) for way in ways.values())):
-            raise TypeError("its ways must be names of ways by block")
-        for name, value in {**vars(plan), "ways": 0}.items():
-            if value is not getattr(Plan, name, 0) and not isinstance(value, int | float):
-                raise TypeError(f"'{name}' must be a number; got {value!r}")
-    except (OSError, ValueError, TypeError) as error:
-        raise PlanError(
-            f"{path}: must be a plan.json that fastft wrote; {error}; delete it for a new plan"
-        ) from error
-    blocks, problems = forwards.blocks, []
-    if set(plan.ways) != set(blocks):
-        odd = sorted(set(plan.ways) ^ set(blocks))
-        problems.append(
-            f"{path}: must name the blocks of this model; {len(odd)} differ, the first is"
-            f" '{odd[0]}'; delete it for a new plan"
-        )
-    wrong: dict[str, str] = {}
-    for name, way in plan.ways.items():
-        if name in blocks and way not in forwards.menus[name]:
-            wrong.setdefault(way, name)
-    problems += [
-        f"{path}: '{way}' is no way to run the block '{name}' with step.compile = '{forwards.mode}'"
-        f"{nearest(way, forwards.menus[name])}"
-        for way, name in wrong.items()
-    ]
-    if problems:
-        raise PlanError(problems)
-    return plan
 
 
 def measure_costs(
@@ -243,7 +158,8 @@ def make_plan(
         # There is nothing better than thrashing where no block can recompute.
         found = try_rehearsal(step, batches, limit, may_thrash=not forwards.blocks)
         if found is not None:
-            return Plan(limit, dict(forwards.chosen), None, None, *found)
+            ways = dict(forwards.chosen)
+            return Plan(limit, ways, peak_bytes=found.peak_bytes, seconds=found.seconds)
         if not forwards.blocks:
             raise PlanError(nothing_fits(step, None, batches, limit))
         console.print("memory: keeping everything does not fit; measuring what recomputing costs")
@@ -286,10 +202,10 @@ def _search(
     little over the best is not tried. Returns the corrected costs too.
 
     Args:
-        say: told that only a step fits in which the allocator waits for copies to the host to end,
-            and gives memory back; None: such a step does not fit.
+        say: told that only steps fit in which the allocator waits for copies to the host to end,
+            and gives memory back; None: such steps do not fit.
     """
-    room, less, best = planned_room(limit), _FIRST_STEP, None
+    room, less, best, thrashing = planned_room(limit), _FIRST_STEP, None, None
     # The least that hit the limit.
     failed = math.inf
     tried: list[Mapping[str, str]] = []
@@ -306,15 +222,19 @@ def _search(
             break
         tried.append(ways)
         forwards.use(ways)
-        found = try_rehearsal(step, batches, limit)
-        if found is None:
+        found = try_rehearsal(step, batches, limit, may_thrash=say is not None)
+        if found is not None:
+            # Not `ways`: a block that is never called is not in the costs.
+            kept, host = dict(forwards.chosen), host_bytes(costs, solution.picks)
+            plan = Plan(limit, kept, predicted, seconds, found.peak_bytes, found.seconds, host)
+            if found.thrashes:
+                thrashing = _faster(thrashing, plan)
+            else:
+                best = _faster(best, plan)
+        if found is None or found.thrashes:
             failed = min(failed, predicted)
             room, less = round(min(room, predicted) * (1 - less)), _STEP
             continue
-        if best is None or best.seconds is None or found.seconds < best.seconds:
-            # Not `ways`: a block that is never called is not in the costs.
-            host = host_bytes(costs, solution.picks)
-            best = Plan(limit, dict(forwards.chosen), predicted, seconds, *found, host)
         missed = found.peak_bytes - predicted
         costs = replace(
             costs,
@@ -324,14 +244,15 @@ def _search(
         failed += missed
         if failed < math.inf:
             room = round((found.peak_bytes + failed) / 2)
-    if best is None and say is not None:
-        forwards.use(picked(costs, frugal))
-        if found := try_rehearsal(step, batches, limit, may_thrash=True):
-            say(_THRASHES)
-            picks = frugal.picks
-            predicted = peak_bytes(costs, picks), step_seconds(costs, picks)
-            best = Plan(limit, dict(forwards.chosen), *predicted, *found, host_bytes(costs, picks))
+    if best is None and thrashing is not None and say is not None:
+        say(_THRASHES)
+        best = thrashing
     return best, costs
+
+
+def _faster(best: Plan | None, plan: Plan) -> Plan:
+    """By their rehearsals."""
+    return plan if best is None or (plan.seconds or 0) < (best.seconds or 0) else best
 
 
 def picked(costs: StepCosts, solution: Solution) -> dict[str, str]:

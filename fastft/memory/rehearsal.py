@@ -17,10 +17,15 @@ from fastft.task import Batch
 
 
 class Rehearsal(NamedTuple):
-    """What a rehearsed step took, measured."""
+    """What a rehearsed step took, measured.
+
+    Attributes:
+        thrashes: the allocator gave everything back in it and began again.
+    """
 
     peak_bytes: int
     seconds: float
+    thrashes: bool = False
 
 
 def try_rehearsal(
@@ -29,7 +34,7 @@ def try_rehearsal(
     """The second of two rehearsals, None where a limit was hit, of the host's too.
 
     Args:
-        may_thrash: whether a step fits in which the allocator gave everything back and began again.
+        may_thrash: whether a step fits that does.
     """
     device = step.precision.device
     seconds, retries = None, 0
@@ -52,7 +57,7 @@ def try_rehearsal(
     peak = torch.cuda.max_memory_allocated(device)
     if seconds is None or peak > limit or (retries and not may_thrash):
         return None
-    return Rehearsal(peak, seconds)
+    return Rehearsal(peak, seconds, retries > 0)
 
 
 def free_cached() -> None:
