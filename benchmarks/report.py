@@ -56,11 +56,13 @@ def training_tables(records: list[Record]) -> list[str]:
                     "-" if budget is None else f"{budget:.1f}",
                     "-" if predicted is None else f"{predicted:.2f}",
                     f"{r['peak_gib']:.2f}" if "peak_gib" in r else "out of memory",
+                    f"{r['reserved_gib']:.1f}" if "reserved_gib" in r else "-",
                     f"{r['step_ms']:.1f}" if "step_ms" in r else "-",
                     f"{100 * r['mfu']:.0f} %" if "mfu" in r else "-",
                 ]
             )
-        head = ["runner", "budget GiB", "predicted peak", "measured peak", "ms per step", "MFU"]
+        head = ["runner", "budget GiB", "predicted peak", "measured peak", "reserved"]
+        head += ["ms per step", "MFU"]
         lines += ["", f"`{case}`:", "", *table(head, rows)]
     return lines
 
