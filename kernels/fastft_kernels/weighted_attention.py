@@ -17,8 +17,11 @@ Memory: forward moves qkv and O once, backward qkv, dO and dqkv, its backward th
 and the results. Kept: qkv and log_weights, and by backward dO too.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastft_kernels.attention_formulas import join_heads, score_gradients, split_heads
 from fastft_kernels.device import HEAD_COLUMNS, launch, next_power_of_2, runs_triton
@@ -202,6 +205,26 @@ _forward = as_differentiable_op(
     _setup_forward,
     _differentiate_forward,
 )
+
+
+@register_flop_formula(torch.ops.fastft.weighted_attention_forward)
+def _forward_flops(qkv_shape, *_, **__) -> int:
+    """Two products; without it a partitioner thinks the op free to recompute."""
+    return 2 * _product_flops(qkv_shape)
+
+
+@register_flop_formula(torch.ops.fastft.weighted_attention_backward)
+def _backward_flops(dy_shape, qkv_shape, *_, **__) -> int:
+    return 5 * _product_flops(qkv_shape)
+
+
+@register_flop_formula(torch.ops.fastft.weighted_attention_double_backward)
+def _double_backward_flops(gqkv_shape, *_, **__) -> int:
+    return 12 * _product_flops(gqkv_shape)
+
+
+def _product_flops(qkv_shape) -> int:
+    return 2 * math.prod(qkv_shape) // 3 * qkv_shape[1]
 
 
 def weighted_attention(qkv: Tensor, log_weights: Tensor, heads: int, scale: float) -> Tensor:

@@ -4,8 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastft_kernels.weighted_attention import reference, weighted_attention
+from fastft_kernels.weighted_attention import (
+    plain_backward,
+    plain_double_backward,
+    reference,
+    weighted_attention,
+)
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 HEADS, SCALE = 2, 0.3
 SIZES = {"odd": (3, 7, 16), "one": (2, 1, 16), "sixteen": (1, 16, 32), "none": (0, 5, 16)}
@@ -92,6 +98,27 @@ def test_opcheck(device):
     torch.library.opcheck(ops.weighted_attention_forward.default, (qkv, weights, HEADS, SCALE))
     backward = ops.weighted_attention_backward.default
     torch.library.opcheck(backward, (dy, qkv, weights, HEADS, SCALE))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("forward", reference),
+        ("backward", plain_backward),
+        ("double_backward", plain_double_backward),
+    ],
+)
+def test_operations_are_counted(name: str, plain: Callable[..., object], device):
+    """As of plain torch: a planner must not think ours free to compute again."""
+    qkv, weights, dy = make((3, 7, 16), torch.float32, device)
+    before = {"forward": (), "backward": (dy,), "double_backward": (qkv, weights, dy)}[name]
+    op = getattr(torch.ops.fastft, f"weighted_attention_{name}")
+    counts = []
+    for function in (op, plain):
+        with FlopCounterMode(display=False) as counter:
+            function(*before, qkv, weights, HEADS, SCALE)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(
