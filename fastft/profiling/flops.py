@@ -1,10 +1,10 @@
-"""Floating-point operations of torch's operators, from the shapes in a trace, and GPU peaks.
+"""Floating-point operations, from the shapes of torch's operators in a trace, and GPU peaks.
 
 A multiplication and an addition count as two. Only matrix products, convolutions and attention are
 counted: of everything else a GPU does thousands per byte it could move. Recomputed work counts
 again, and causal attention counts in full; torch.utils.flop_counter does the same. fastft's own
-attention kernels are not counted: the trace holds their tensors, but not how they are cut into
-windows.
+attention kernels say in the trace what they compute, which their tensors do not tell: not the
+operators are counted that launch them, but the launches.
 """
 
 import math
@@ -39,6 +39,8 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 def operator_flops(operator: Operator) -> int:
     """What one call computes, without what it calls; 0 for operators that are not counted."""
+    if operator.flops is not None:
+        return operator.flops
     name, shapes = operator.name, operator.dims
     match name:
         case "aten::mm" | "aten::_scaled_mm" | "aten::bmm":

@@ -42,6 +42,7 @@ class Operator:
         values: arguments that are no tensors, as text.
         parent: index of the operator that called it, -1: none.
         bytes: that it moves, where its caller told the profiler; None: not known.
+        flops: that it computes, likewise.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Operator:
     values: tuple[str, ...]
     parent: int = -1
     bytes: int | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ def _nested(events: list[Mapping[str, Any]]) -> list[Operator]:
             tuple(map(str, arguments.get("Concrete Inputs", ()))),
             stack[-1] if stack else -1,
             arguments.get("bytes"),
+            arguments.get("flops"),
         )
         stack.append(len(found))
         found.append(operator)

@@ -105,6 +105,7 @@ def launch(
     device: torch.device,
     *arguments: Any,
     moved_bytes: int | None = None,
+    flops: int | None = None,
     **options: Any,
 ) -> None:
     """Runs a Triton kernel on the tensors' device, which need not be the current one.
@@ -112,27 +113,31 @@ def launch(
     Args:
         moved_bytes: what profiles show of a kernel that goes by tables of addresses; of others they
             show the arguments.
+        flops: what profiles show of a kernel that computes matrix products.
     """
-    with _current(device), _seen_by_profiler(kernel, arguments, moved_bytes):
+    with _current(device), _seen_by_profiler(kernel, arguments, moved_bytes, flops):
         kernel[grid](*arguments, **options)
 
 
 def _seen_by_profiler(
-    kernel: Any, arguments: Sequence[Any], moved_bytes: int | None
+    kernel: Any, arguments: Sequence[Any], moved_bytes: int | None, flops: int | None = None
 ) -> contextlib.AbstractContextManager:
     """While torch's profiler runs, an operator of the kernel's name, as Inductor's launches are.
 
-    It holds each tensor among the arguments once, or `moved_bytes`. A tensor of int64 is a table of
-    addresses, and says nothing of what lies there: without `moved_bytes` there is no operator.
+    It holds each tensor among the arguments once, or `moved_bytes`, and `flops`. A tensor of int64
+    is a table of addresses, and says nothing of what lies there: without `moved_bytes` there is no
+    operator.
     """
     if not profiler._is_profiler_enabled:
         return _UNSEEN
+    told = {"bytes": moved_bytes, "flops": flops}
+    told = {name: value for name, value in told.items() if value is not None}
     if moved_bytes is not None:
-        return _RecordFunctionFast(kernel.__name__, (), {"bytes": moved_bytes})
+        return _RecordFunctionFast(kernel.__name__, (), told)
     tensors = {id(t): t for t in arguments if isinstance(t, torch.Tensor)}.values()
     if any(tensor.dtype is torch.int64 for tensor in tensors):
         return _UNSEEN
-    return _RecordFunctionFast(kernel.__name__, tuple(tensors))
+    return _RecordFunctionFast(kernel.__name__, tuple(tensors), told)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:

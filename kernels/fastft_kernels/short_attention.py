@@ -172,7 +172,10 @@ def _backward_kernel(
         _put(DQ, program.to(tl.int64) * LQ * width, tq, width, first, total, is_query, D)
 
 
-def _launch(kernel, tensors, q: Tensor, kv: Tensor, heads: int, programs: int) -> None:
+def _launch(
+    kernel, tensors, q: Tensor, kv: Tensor, heads: int, programs: int, products: int
+) -> None:
+    """The kernel's programs; each computes so many matrix products for a sample's head."""
     columns = kv.shape[2] // 2 // heads
     launch(
         kernel,
@@ -187,6 +190,7 @@ def _launch(kernel, tensors, q: Tensor, kv: Tensor, heads: int, programs: int) -
         BLOCK_K=max(16, next_power_of_2(kv.shape[1])),
         SHARED=len(q) == 1,
         num_warps=1,
+        flops=products * _product_flops(q.shape, kv.shape),
     )
 
 
@@ -201,7 +205,7 @@ def _run_forward(q: Tensor, kv: Tensor, heads: int) -> Tensor:
         return y.copy_(reference(q, kv, heads))
     if y.numel():
         q, kv = q.contiguous(), kv.contiguous()
-        _launch(_forward_kernel, (q, kv, y), q, kv, heads, _programs(kv))
+        _launch(_forward_kernel, (q, kv, y), q, kv, heads, _programs(kv), products=2)
     return y
 
 
@@ -222,7 +226,7 @@ def _run_backward(dy: Tensor, q: Tensor, kv: Tensor, heads: int) -> tuple[Tensor
     programs = _programs(kv)
     shared = len(q) == 1
     found = q.new_empty((programs, *q.shape[1:]), dtype=torch.float32) if shared else dq
-    _launch(_backward_kernel, (dy, q, kv, found, dkv), q, kv, heads, programs)
+    _launch(_backward_kernel, (dy, q, kv, found, dkv), q, kv, heads, programs, products=5)
     return dq.copy_(found.sum(0)) if shared else dq, dkv
 
 

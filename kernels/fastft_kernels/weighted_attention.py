@@ -81,7 +81,10 @@ def _takes(qkv: Tensor) -> bool:
     return runs_triton(qkv) and qkv.dtype is torch.float32
 
 
-def _launch(kernel, tensors, qkv: Tensor, heads: int, scale: float, warps: int = 4) -> None:
+def _launch(
+    kernel, tensors, qkv: Tensor, heads: int, scale: float, products: int, warps: int = 4
+) -> None:
+    """A program for each head of each sample, which computes so many matrix products."""
     samples, tokens, width = qkv.shape
     launch(
         kernel,
@@ -94,6 +97,7 @@ def _launch(kernel, tensors, qkv: Tensor, heads: int, scale: float, warps: int =
         BLOCK=max(16, next_power_of_2(tokens)),
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         num_warps=warps,
+        flops=products * _product_flops(qkv.shape),
     )
 
 
@@ -103,7 +107,7 @@ def _run_forward(qkv: Tensor, log_weights: Tensor, heads: int, scale: float) -> 
         return y.copy_(reference(qkv, log_weights, heads, scale))
     if y.numel():
         qkv, log_weights = qkv.contiguous(), log_weights.float().contiguous()
-        _launch(forward, (qkv, log_weights, y), qkv, heads, scale)
+        _launch(forward, (qkv, log_weights, y), qkv, heads, scale, products=2)
     return y
 
 
@@ -123,7 +127,8 @@ def _run_backward(
     if dy.numel():
         dy, qkv, weights = dy.contiguous(), qkv.contiguous(), log_weights.float().contiguous()
         by_head = qkv.new_empty((len(qkv), heads, qkv.shape[1]))
-        _launch(backward, (dy, qkv, weights, dqkv, by_head), qkv, heads, scale)
+        tensors = (dy, qkv, weights, dqkv, by_head)
+        _launch(backward, tensors, qkv, heads, scale, products=5)
         dweights.copy_(by_head.sum(1))
     return dqkv, dweights
 
@@ -150,7 +155,8 @@ def _run_double_backward(
     if dy.numel():
         inputs = [x.float().contiguous() for x in (gqkv, gweights, dy, qkv, log_weights)]
         by_head = qkv.new_empty((len(qkv), heads, qkv.shape[1]))
-        _launch(double_backward, (*inputs, gdy, gx, by_head), inputs[3], heads, scale, 8)
+        tensors = (*inputs, gdy, gx, by_head)
+        _launch(double_backward, tensors, inputs[3], heads, scale, products=12, warps=8)
         gb.copy_(by_head.sum(1))
     return out
 

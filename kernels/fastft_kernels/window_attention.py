@@ -76,9 +76,11 @@ def _launch(
     qkv: Tensor,
     heads: int,
     grid: Grid,
+    products: int,
     **options: int,
 ) -> None:
-    """The kernel's programs over the windows of all heads."""
+    """The kernel's programs over the windows of all heads; of each they compute so many matrix
+    products."""
     columns = qkv.shape[-1] // 3 // heads
     launch(
         kernel,
@@ -94,6 +96,7 @@ def _launch(
         WRAPS=grid.wraps,
         PADDED=grid.padded != grid.size,
         D=columns,
+        flops=products * _product_flops(qkv.shape, grid.window),
         **options,
     )
 
@@ -105,7 +108,8 @@ def _launch_forward(qkv: Tensor, bias: Tensor | None, heads: int, grid: Grid, y:
     tensors = (qkv, qkv if bias is None else bias, y)
     # As in the backward of small windows.
     warps = 8 if qkv.dtype is torch.float32 and grid.tokens <= SMALL_TOKENS else 4
-    _launch(forward, programs, tensors, qkv, heads, grid, **options, num_warps=warps, num_stages=1)
+    options |= {"num_warps": warps, "num_stages": 1}
+    _launch(forward, programs, tensors, qkv, heads, grid, products=2, **options)
 
 
 def _launch_small_backward(
@@ -126,7 +130,8 @@ def _launch_small_backward(
         # As much ahead as the shared memory of two programs per multiprocessor holds.
         wide = qkv.shape[-1] // 3 // heads > 64
         options |= {"num_warps": 4, "num_stages": 2 if wide else 3}
-    _launch(small_backward, (heads, programs), (*tensors, windows), qkv, heads, grid, **options)
+    tensors = (*tensors, windows)
+    _launch(small_backward, (heads, programs), tensors, qkv, heads, grid, products=5, **options)
     return None if partial is None else partial.sum(0)
 
 
@@ -136,10 +141,10 @@ def _launch_backward(dy: Tensor, qkv: Tensor, heads: int, grid: Grid, dqkv: Tens
     tensors = (dy, qkv, dqkv, statistics)
     main, tail = _parts(grid.tokens)
     options = {"MAIN": main, "TAIL": tail, "ROWS": 64, "num_warps": 4, "num_stages": 1}
-    _launch(queries_backward, (count, 1), tensors, qkv, heads, grid, **options)
+    _launch(queries_backward, (count, 1), tensors, qkv, heads, grid, products=3, **options)
     options = {"KEYS": 64, "ROWS": 16, "num_warps": 4, "num_stages": 3}
     programs = (count, ceil_div(grid.tokens, 64))
-    _launch(keys_backward, programs, tensors, qkv, heads, grid, **options)
+    _launch(keys_backward, programs, tensors, qkv, heads, grid, products=4, **options)
 
 
 def _run_forward(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastft_kernels import short_attention, window_attention
+from fastft_kernels.weighted_attention import weighted_attention
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -62,6 +64,36 @@ def test_attention_is_its_products_and_the_scores_again(tmp_path: Path) -> None:
 
     scores = 2 * (2 * 3) * 8 * 10 * 4
     assert profiled(fused, tmp_path) == counted(spelt_out) + scores
+
+
+def slopes() -> Tensor:
+    """As forces, whose loss takes the second derivative."""
+    qkv = tensor(2, 5, 96)
+    y = weighted_attention(qkv, tensor(2, 5), 2, 0.3)
+    return torch.autograd.grad(y.sum(), qkv, create_graph=True)[0]
+
+
+ATTENTION: dict[str, Callable[[], Tensor]] = {
+    "windows": lambda: window_attention(
+        tensor(1, 1, 2, 4, 96), 2, (1, 2, 3), (1, 2, 2), bias=tensor(2, 4, 4)
+    ),
+    # Its backward is two kernels.
+    "large windows": lambda: window_attention(tensor(1, 1, 9, 8, 48), 1, (1, 9, 8), (1, 9, 8)),
+    "shared queries": lambda: short_attention(tensor(1, 3, 32), tensor(2, 2, 64), 2),
+    "own queries": lambda: short_attention(tensor(2, 2, 32), tensor(2, 3, 64), 2),
+    "weighted, twice": slopes,
+}
+
+
+@pytest.mark.parametrize("kernel_path", ["interpreter"], indirect=True)
+@pytest.mark.usefixtures("kernel_path")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_kernels_say_what_they_compute(name: str, tmp_path: Path) -> None:
+    """Once, also where the dispatcher calls the op, as in compiled graphs."""
+    with FlopCounterMode(display=False) as counter:
+        dispatched = profiled(ATTENTION[name], tmp_path)
+    assert dispatched == counter.get_total_flops() > 0
+    assert profiled(ATTENTION[name], tmp_path) == dispatched
 
 
 def profiled(case: Callable[[], Tensor], folder: Path) -> int:

@@ -142,6 +142,22 @@ def test_a_convolution_computed_by_products_counts_once(trace: Any, gpu_run: Run
     assert rates["sgemm"] == pytest.approx(1536 / 40e-6 / 1e12)
 
 
+def test_launches_that_say_what_they_compute_count_once(trace: Any, gpu_run: RunFacts) -> None:
+    trace.mark("step", 0, 100)
+    trace.operator("fastft::window_attention_backward", 10, 50, [[1, 1, 9, 8, 48]])
+    queries = trace.operator("queries_backward", 15, 25, [[1, 1, 9, 8, 48]], flops=3_000_000)
+    trace.kernel("queries_backward", 16, 30, 40, queries)
+    keys = trace.operator("keys_backward", 30, 40, [[1, 1, 9, 8, 48]], flops=4_000_000)
+    trace.kernel("keys_backward", 31, 40, 60, keys)
+    report = measure(parse_trace(trace.events), gpu_run, CompileFacts())
+    assert report.arithmetic.tflop * 1e12 == pytest.approx(7_000_000)
+    rates = {kernel.name: kernel.tflops for kernel in report.kernels}
+    assert rates == {
+        "queries_backward": pytest.approx(3e6 / 10e-6 / 1e12),
+        "keys_backward": pytest.approx(4e6 / 20e-6 / 1e12),
+    }
+
+
 def test_without_a_gpu_operators_are_the_work(trace: Any, gpu_run: RunFacts) -> None:
     trace.mark("step", 0, 100)
     trace.mark("forward", 0, 50)
