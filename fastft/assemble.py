@@ -70,7 +70,7 @@ def _build(config: RunConfig, device: torch.device, *, pretrained: bool) -> tupl
     # What a model is made of may depend on the data, such as a head for each kind of label.
     expect = getattr(adapter, "expect", None)
     if expect is not None:
-        expect(config.data)
+        expect(config.data, config.finetune.new_heads)
     criterion, checkpoint = make_criterion(config.loss, device), config.model.checkpoint
     task = adapter.build(criterion, device=device, checkpoint=checkpoint, pretrained=pretrained)
     return task, adapter

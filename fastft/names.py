@@ -92,3 +92,9 @@ def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     """The names that match any of the globs, in their order."""
     patterns = tuple(patterns)
     return [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def is_under(name: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of the named modules, or is itself named."""
+    modules = tuple(modules)
+    return name in modules or name.startswith(tuple(f"{module}." for module in modules))

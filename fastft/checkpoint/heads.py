@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastft.checkpoint.names import first_few
 from fastft.config import NewHead
 from fastft.errors import CheckpointError, ConfigError, nearest
-from fastft.names import state_dict, unwrapped
+from fastft.names import is_under, state_dict, unwrapped
 
 # weight_norm divides by the norm, which zero weights lack; other parametrizations of zero may be
 # anything but zero.
@@ -72,12 +72,6 @@ def start_as(model: nn.Module, fresh: nn.Module, heads: Collection[str]) -> None
     for name, tensor in state_dict(model).items():
         if is_under(name, heads):
             tensor.copy_(values[name])
-
-
-def is_under(name: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor belongs to one of the named modules, or is itself named."""
-    modules = tuple(modules)
-    return name in modules or name.startswith(tuple(f"{module}." for module in modules))
 
 
 def _check_names(

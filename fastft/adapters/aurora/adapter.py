@@ -15,12 +15,14 @@ from fastft.adapters.aurora.build import (
     argument,
     build_model,
     constructor_arguments,
+    embedding_notes,
     heads,
     longest_carried,
     low_rank,
     low_rank_notes,
     make_variables,
     make_variant,
+    new_parameters,
     timestep_hours,
     told_step,
 )
@@ -37,7 +39,7 @@ from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.adapters.criterion import refuse_terms
-from fastft.config import DataSource
+from fastft.config import DataConfig, DataSource, NewHead
 from fastft.runfile import parse
 from fastft.task import (
     Criterion,
@@ -69,6 +71,7 @@ class AuroraAdapter:
 
     def __init__(self, options: AuroraOptions) -> None:
         self.options = options
+        self._new_heads: Mapping[str, NewHead] = {}
         # Of what `build` made.
         self._added: Sequence[str] = ()
         self._place = ""
@@ -79,6 +82,10 @@ class AuroraAdapter:
         self.checks: Sequence[DataCheck] = weather_checks(
             self.variables.locations(), [*options.masked, *self.variant.absent]
         )
+
+    def expect(self, data: DataConfig, new_heads: Mapping[str, NewHead]) -> None:
+        """Embeddings of new variables start by an option of their own too."""
+        self._new_heads = new_heads
 
     @classmethod
     def statistics(cls, options: AuroraOptions, sources: Sequence[DataSource], most: int) -> str:
@@ -131,6 +138,7 @@ class AuroraAdapter:
             keep_backbone_in_bf16(model)
         changed.to(device)
         self._added, self._place = added, (place := place_of(changed))
+        new = [n for n in new_parameters(model, variables) if n.startswith("encoder.")]
         return Task(
             model=changed,
             loss=loss,
@@ -144,7 +152,11 @@ class AuroraAdapter:
             metrics={"weighted_rmse": WeatherScores(self.variant, timestep_hours(options))},
             low_rank=low_rank(changed),
             pretrained=pretrained,
-            notes=[*low_rank_notes(options), *unused],
+            notes=[
+                *low_rank_notes(options),
+                *embedding_notes([f"{place}{n}" for n in new], options, self._new_heads),
+                *unused,
+            ],
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

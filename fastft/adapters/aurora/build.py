@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,9 @@ from fastft.adapters.aurora.options import AuroraOptions
 from fastft.adapters.aurora.patches import chunk_patches, rewrite_for_compilers
 from fastft.adapters.aurora.variables import Variables, resolve_variables
 from fastft.adapters.aurora.variants import AirPollution, V1p5, Wave, Weather
+from fastft.config import NewHead
 from fastft.errors import AdapterError, ConfigError, nearest
+from fastft.names import is_under
 
 CLASSES = (
     "Aurora",
@@ -310,6 +312,43 @@ def low_rank_notes(options: AuroraOptions) -> list[str]:
         " rollout_steps = 1 does not train them; set it to 2, and with data.replay"
         " loss.pushforward = true"
     ]
+
+
+def embedding_notes(
+    embeddings: Iterable[str], options: AuroraOptions, new_heads: Mapping[str, NewHead]
+) -> list[str]:
+    """Says so where `finetune.new_heads` and `new_embeddings` have embeddings start otherwise.
+
+    Args:
+        embeddings: names of the embeddings of new variables.
+        new_heads: the run file's.
+    """
+    zero, others = [], []
+    for name in embeddings:
+        # A head inside another one has the last word.
+        inner = max((head for head in new_heads if is_under(name, [head])), key=len, default=None)
+        if inner is None:
+            continue
+        if options.new_embeddings == "zero" and new_heads[inner].init == "random":
+            zero.append(name)
+        elif options.new_embeddings == "random" and new_heads[inner].init != "random":
+            others.append(name)
+    notes = []
+    if zero:
+        notes.append(
+            f"{_first(zero)}: at zero, by model.options.new_embeddings, where finetune.new_heads"
+            " has init = 'random'; for that, set new_embeddings = 'random'"
+        )
+    if others:
+        notes.append(
+            f"{_first(others)}: as finetune.new_heads says, over"
+            " model.options.new_embeddings = 'random'"
+        )
+    return notes
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def longest_carried(options: AuroraOptions) -> int | None:

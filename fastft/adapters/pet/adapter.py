@@ -37,7 +37,7 @@ from fastft.adapters.pet.targets import (
     unit_of,
 )
 from fastft.adapters.pet.unit_checks import Reference
-from fastft.config import DataConfig, DataSource
+from fastft.config import DataConfig, DataSource, NewHead
 from fastft.task import (
     Conversion,
     Criterion,
@@ -84,7 +84,7 @@ class PetAdapter:
 
         return convert(path)
 
-    def expect(self, data: DataConfig) -> None:
+    def expect(self, data: DataConfig, new_heads: Mapping[str, NewHead]) -> None:
         """The run's targets are those of its data sets."""
         self.targets = find_targets(self.options, data)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from aurora import normalisation
 
+from fastft.config import DataConfig, DataSource, NewHead
 from fastft.errors import ConfigError
 from fastft.task import Batch
 
@@ -104,6 +105,28 @@ def test_new_variables_leave_the_others_as_they_were(
         loss.total.backward()
         for name in extended.heads:
             assert extended.model.get_parameter(name).grad.norm() > 0, name
+
+
+def test_what_says_how_new_embeddings_start(make_adapter: Any, build: Any) -> None:
+    variables = {"surf_vars": {"tp": NEW, "2d": {}}}
+    tp, dew = (f"encoder.surf_token_embeds.weights.{name}" for name in ("tp", "2d"))
+
+    def notes(embeddings: str, **starts: Any) -> list[str]:
+        adapter = make_adapter(new_embeddings=embeddings, **variables)
+        names = {"tp": tp, "dew": dew, "all": "encoder.surf_token_embeds"}
+        heads = {names[name]: NewHead(init=init) for name, init in starts.items()}
+        adapter.expect(DataConfig(train=(DataSource(path=Path("era5.nc")),)), heads)
+        return list(build(adapter).notes)
+
+    for embeddings, start in (("zero", "zero"), ("zero", "inherit"), ("random", "random")):
+        assert notes(embeddings, tp=start, dew=start) == []
+    assert notes("random", all="zero", tp="random", dew="zero") == [
+        f"{dew}: as finetune.new_heads says, over model.options.new_embeddings = 'random'"
+    ]
+    assert notes("zero", all="random") == [
+        f"{dew} and 1 more: at zero, by model.options.new_embeddings, where finetune.new_heads has"
+        " init = 'random'; for that, set new_embeddings = 'random'"
+    ]
 
 
 def test_conflicting_statistics(make_adapter: Any, build: Any) -> None:

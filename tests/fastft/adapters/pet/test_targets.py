@@ -45,7 +45,7 @@ def tuned(make_adapter: Any, build: Any, checkpoint: Path, atoms_file: Path) -> 
 
     def make(*targets: str, evaluated: str | None = None, **options: Any) -> tuple[Any, Any]:
         adapter = make_adapter(elements=[], dtype="float64", **options)
-        adapter.expect(data_of(atoms_file, targets, [evaluated] if evaluated else []))
+        adapter.expect(data_of(atoms_file, targets, [evaluated] if evaluated else []), {})
         return adapter, build(adapter, checkpoint)
 
     return make
@@ -376,7 +376,7 @@ def test_losses_of_targets_add_up_where_batches_mix_them(
         ("sample", [NEW], ""),
     ):
         adapter = make_adapter(elements=[], dtype="float64")
-        adapter.expect(replace(data_of(atoms_file, targets), mixing=mixing))
+        adapter.expect(replace(data_of(atoms_file, targets), mixing=mixing), {})
         assert loss_of(adapter, build(adapter, checkpoint), atoms_file, NEW).term == term
 
 
