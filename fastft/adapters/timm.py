@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from fastft.adapters.timm_fused import use_kernels
+from fastft.adapters.unused import unused_weights
 from fastft.config import DataSource
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.portable import write_portable
@@ -152,7 +153,9 @@ class TimmAdapter:
                 " such as name = 'cross_entropy'"
             )
         self._check_options()
-        pretrained = self.options.pretrained and pretrained
+        asked, option = self.options.pretrained, "model.options.pretrained"
+        unfetched = unused_weights(option, asked, checkpoint, pretrained=pretrained)
+        pretrained = asked and pretrained
         model = share_drop_paths(self._create(pretrained)).to(device)
         wanted = self.options.kernels == "auto" and by_default(device)
         notes = use_kernels(model) if wanted else []
@@ -168,7 +171,7 @@ class TimmAdapter:
             layers=_layers(model),
             layer_norms=(LayerNorm,),
             pretrained=pretrained,
-            notes=notes,
+            notes=[*unfetched, *notes],
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:

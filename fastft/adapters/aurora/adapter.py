@@ -39,6 +39,7 @@ from fastft.adapters.aurora.report import WeatherReport, WeatherReportOptions
 from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.adapters.criterion import refuse_terms
+from fastft.adapters.unused import unused_weights
 from fastft.config import DataConfig, DataSource, NewHead
 from fastft.runfile import parse
 from fastft.task import (
@@ -128,7 +129,9 @@ class AuroraAdapter:
             clip=model.apply_rollout_input_clipping,
             told_step=told_step(options),
         )
-        pretrained = options.hub and pretrained
+        asked, option = options.hub, "model.options.hub"
+        unfetched = unused_weights(option, asked, checkpoint, pretrained=pretrained)
+        pretrained = asked and pretrained
         if pretrained:
             load_hub(model, options, variables)
         changed, added = extend(model, options.layer_norms, options.hook)
@@ -155,6 +158,7 @@ class AuroraAdapter:
             notes=[
                 *low_rank_notes(options),
                 *embedding_notes([f"{place}{n}" for n in new], options, self._new_heads),
+                *unfetched,
                 *unused,
             ],
         )

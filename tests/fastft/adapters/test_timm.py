@@ -19,6 +19,7 @@ from fastft.assemble import assemble
 from fastft.config import OptimConfig
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.optim import make_groups
+from fastft.portable import write_portable
 from fastft.runfile import read_run_file
 from fastft.task import Loss
 
@@ -286,6 +287,30 @@ def test_new_heads_are_not_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     new = [name for name, p in task.model.named_parameters() if not (p == 7).all()]
     assert new == ["head.weight", "head.bias"]
     assert "the weights are the adapter's, pretrained" in console.export_text()
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_the_hub_beside_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    make, fetched = timm.create_model, []
+
+    def create(*arguments: Any, pretrained: bool, **keywords: Any) -> Any:
+        fetched.append(pretrained)
+        return make(*arguments, **keywords)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    write_portable(build(make_adapter(**SMALL)).model, Path("other.safetensors"))
+    overrides = [*timm_overrides(**SMALL, pretrained=True), "model.checkpoint=other.safetensors"]
+    config = read_run_file(Path("run.toml"), [*overrides, f"model.strict={str(strict).lower()}"])
+    for pretrained in (True, False):
+        fetched.clear()
+        console = Console(record=True, width=200)
+        assemble(config, CPU, console, pretrained=pretrained)
+        assert fetched == [pretrained and not strict]
+        said = "model.options.pretrained is not used: with model.strict, model.checkpoint fills"
+        assert (said in console.export_text()) == (pretrained and strict)
 
 
 def test_dropped_paths_are_timms_and_blocks_share_a_graph() -> None:

@@ -208,6 +208,8 @@ def test_hub(
         adapter = make_adapter(**{**new, **options})
         return adapter.build(None, device=CPU, checkpoint=None, pretrained=pretrained).model
 
+    other = make_adapter(**new).build(None, device=CPU, checkpoint=Path(), pretrained=False)
+    assert other.notes[0].startswith("model.options.hub is not used: with model.strict, model.")
     model = start(stabilise_level_agg=True)
     assert [names[:2] for names in asked] == [("microsoft/aurora", "aurora-0.25-pretrained.ckpt")]
     ours = model.state_dict()
