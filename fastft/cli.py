@@ -169,8 +169,10 @@ def _config(options: argparse.Namespace) -> RunConfig:
     return read_run_file(options.run_file, options.overrides, _optim_preset)
 
 
-def _optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return importlib.import_module("fastft.adapters.registry").optim_preset(model, name)
+def _optim_preset(
+    model: Mapping[str, Any], finetune: Mapping[str, Any], name: str
+) -> Mapping[str, Any]:
+    return importlib.import_module("fastft.adapters.registry").optim_preset(model, finetune, name)
 
 
 # Commands import what they need on their own: torch takes seconds, and `schema` needs none of it.

@@ -24,8 +24,8 @@ from fastft.errors import ConfigError, nearest
 Parsed = TypeVar("Parsed")
 
 
-# `[model]`, name -> the part of `[optim]` that a preset of the adapter stands for.
-Presets = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+# `[model]`, `[finetune]`, name -> the part of `[optim]` that a preset of the adapter stands for.
+Presets = Callable[[Mapping[str, Any], Mapping[str, Any], str], Mapping[str, Any]]
 
 
 def read_run_file(
@@ -136,9 +136,12 @@ def _fill_in_preset(tree: dict[str, Any], presets: Presets, where: str) -> None:
     optim = tree.get("optim")
     if not (isinstance(optim, dict) and isinstance(optim.get("preset"), str)):
         return
-    model = tree.get("model", {})
+    model, finetune = (
+        found if isinstance(found := tree.get(section, {}), dict) else {}
+        for section in ("model", "finetune")
+    )
     try:
-        preset = presets(model if isinstance(model, dict) else {}, optim.pop("preset"))
+        preset = presets(model, finetune, optim.pop("preset"))
     except ConfigError as error:
         raise ConfigError(f"{where}: {problem}" for problem in error.problems) from None
     tree["optim"] = _above(optim, preset)

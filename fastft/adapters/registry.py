@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import tomli_w
 
-from fastft.config import DataSource, ModelConfig, RunConfig
+from fastft.config import DataSource, FinetuneConfig, ModelConfig, RunConfig
 from fastft.errors import AdapterError, ConfigError, nearest
 from fastft.runfile import parse
 from fastft.task import Adapter
@@ -78,20 +78,26 @@ def convert_options(name: str, path: Path) -> tuple[str, Sequence[str]]:
     return f"{head}\n{tomli_w.dumps(made.run)}", made.notes
 
 
-def optim_preset(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def optim_preset(
+    model: Mapping[str, Any], finetune: Mapping[str, Any], name: str
+) -> Mapping[str, Any]:
     """The part of `[optim]` that a preset stands for.
 
     Args:
         model: `[model]` of the run file.
+        finetune: `[finetune]`.
 
     Raises:
         AdapterError: unknown adapter.
-        ConfigError: unknown preset, or a `[model]` that cannot be.
+        ConfigError: unknown preset, or a `[model]` or `[finetune]` that cannot be.
     """
     config = parse(ModelConfig, model, key="model")
+    new_heads = parse(FinetuneConfig, finetune, key="finetune").new_heads
     make = _load(config.adapter)
     offer = getattr(make, "optim_presets", None)
-    known = offer(parse(make.Options, config.options, key="model.options")) if offer else {}
+    known = {}
+    if offer is not None:
+        known = offer(parse(make.Options, config.options, key="model.options"), config, new_heads)
     if name not in known:
         offered = f"be one of {', '.join(known)}" if known else "be absent, since it has none"
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The adapter: what the core asks for, each from the module that knows it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ from fastft.adapters.aurora.scores import WeatherScores
 from fastft.adapters.aurora.stats import compute_statistics, format_statistics
 from fastft.adapters.criterion import refuse_terms
 from fastft.adapters.unused import unused_weights
-from fastft.config import DataConfig, DataSource, NewHead
+from fastft.config import DataConfig, DataSource, ModelConfig, NewHead
 from fastft.runfile import parse
 from fastft.task import (
     Criterion,
@@ -105,9 +105,11 @@ class AuroraAdapter:
         return note + format_statistics({n: s for n, s in found.items() if n in wanted})
 
     @classmethod
-    def optim_presets(cls, options: AuroraOptions) -> Mapping[str, Mapping[str, Any]]:
+    def optim_presets(
+        cls, options: AuroraOptions, model: ModelConfig, new_heads: Collection[str]
+    ) -> Mapping[str, Mapping[str, Any]]:
         """See `fastft.adapters.aurora.presets`."""
-        return optim_presets(options)
+        return optim_presets(options, model, new_heads)
 
     def build(
         self,

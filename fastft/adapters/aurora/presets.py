@@ -3,18 +3,27 @@
 From Bodnar et al. 2024 (arXiv 2405.13063), Supplement D, and from upstream's guide to fine-tuning.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from fastft.adapters.aurora.build import default_variables
 from fastft.adapters.aurora.options import AuroraOptions
+from fastft.config import ModelConfig
 
 
-def optim_presets(options: AuroraOptions) -> dict[str, dict[str, Any]]:
+def optim_presets(
+    options: AuroraOptions, model: ModelConfig, new_heads: Collection[str]
+) -> dict[str, dict[str, Any]]:
     """Name -> part of `[optim]`.
 
-    Where variables are new to the class, their embeddings and heads have a group of their own.
+    What is new has a group of its own: the run's new heads, which are all that a checkpoint lacks
+    that is loaded strictly; else also embeddings and heads of variables that the class has not,
+    which are all that the hub's weights lack.
     """
-    new = _new_patterns(options)
+    of_class = [] if model.checkpoint is not None and model.strict else _new_patterns(options)
+    # A head is a module or a single parameter.
+    of_run = [pattern for head in new_heads for pattern in (head, f"{head}.*")]
+    new = list(dict.fromkeys([*of_class, *of_run]))
     groups = [{"match": new, "lr": 1e-3}] if new else []
     return {
         # Of the guide, which says nothing of a schedule.

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -37,7 +37,7 @@ from fastft.adapters.pet.targets import (
     unit_of,
 )
 from fastft.adapters.pet.unit_checks import Reference
-from fastft.config import DataConfig, DataSource, NewHead
+from fastft.config import DataConfig, DataSource, ModelConfig, NewHead
 from fastft.task import (
     Conversion,
     Criterion,
@@ -71,7 +71,9 @@ class PetAdapter:
         self.checks: Sequence[DataCheck] = atoms_checks(self._units, self._reference)
 
     @classmethod
-    def optim_presets(cls, options: PetOptions) -> Mapping[str, Any]:
+    def optim_presets(
+        cls, options: PetOptions, model: ModelConfig, new_heads: Collection[str]
+    ) -> Mapping[str, Any]:
         """See `fastft.adapters.pet.presets`."""
         return optim_presets()
 

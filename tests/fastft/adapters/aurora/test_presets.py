@@ -28,10 +28,18 @@ ADDED = (
 )
 
 
-def optim(path: Path, options: dict[str, Any], **settings: Any) -> OptimConfig:
+def optim(
+    path: Path,
+    options: dict[str, Any],
+    *,
+    model: dict[str, Any] | None = None,
+    new_heads: tuple[str, ...] = (),
+    **settings: Any,
+) -> OptimConfig:
     tree = {
         "run": {"folder": "run", "steps": 2000},
-        "model": {"adapter": "aurora", "options": options},
+        "model": {"adapter": "aurora", "options": options, **(model or {})},
+        "finetune": {"new_heads": {head: {"init": "zero"} for head in new_heads}},
         "data": {"train": [{"path": "era5.nc"}]},
         "optim": settings,
     }
@@ -53,6 +61,21 @@ def test_the_guides_rates(tmp_path: Path) -> None:
         lr=3e-4, groups=(ParameterRule(match=ADDED, lr=1e-3),)
     )
     assert optim(tmp_path, {}, preset="guide") == OptimConfig(lr=3e-4)
+
+
+def test_new_is_what_the_checkpoint_lacks(tmp_path: Path) -> None:
+    """As of AuroraWave on weather weights, or of variables that were fine-tuned before."""
+    heads = ("encoder.surf_token_embeds.weights.swh", "decoder.surf_heads.swh")
+    patterns = tuple(pattern for head in heads for pattern in (head, f"{head}.*"))
+    checkpoint = {"checkpoint": "weather.ckpt"}
+    for name in ("guide", "wave", "pollution"):
+        settings = {"preset": name, "new_heads": heads}
+        (rule,) = optim(tmp_path, NEW, model=checkpoint, **settings).groups
+        assert rule == ParameterRule(match=patterns, lr=1e-3)
+        assert optim(tmp_path, NEW, model=checkpoint, preset=name).groups == ()
+        for start in ({**checkpoint, "strict": False}, {}):
+            (rule,) = optim(tmp_path, NEW, model=start, **settings).groups
+            assert rule.match == (*ADDED, *patterns)
 
 
 def test_what_stands_beside_a_preset_wins(tmp_path: Path) -> None:
