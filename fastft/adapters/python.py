@@ -4,8 +4,12 @@ The file defines a class `Adapter` (see `fastft.task.Adapter`), or just a functi
 `build(**arguments)` that returns the model, `(model, loss)`, or a `Task`. Beside `build` it may
 define any of the adapter's other methods as functions of the same arguments: `dataset`,
 `transform`, `collate`, `prepare`, `save`, `describe`, `weights`, and a list `checks`.
+
+If `build` takes an argument `pretrained`, it is made false where other weights fill the model, and
+for the fresh model that new heads at random are taken from.
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fastft.adapters.criterion import refuse_terms
-from fastft.config import DataSource
+from fastft.adapters.unused import unused_weights
+from fastft.config import DataConfig, DataSource, NewHead
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.portable import write_portable
 from fastft.runfile import parse
@@ -81,7 +86,12 @@ class FileAdapter:
     def __init__(self, module: ModuleType, options: PythonOptions) -> None:
         self._module = module
         self._options = options
+        self._new_heads: Mapping[str, NewHead] = {}
         self.checks: Sequence[DataCheck] = getattr(module, "checks", ())
+
+    def expect(self, data: DataConfig, new_heads: Mapping[str, NewHead]) -> None:
+        """Whether heads are at random may be up to `build`."""
+        self._new_heads = new_heads
 
     def build(
         self,
@@ -93,14 +103,24 @@ class FileAdapter:
     ) -> Task:
         """What `build(**arguments)` returns, completed to a task."""
         file, arguments = self._options.file, self._options.arguments
+        signature = inspect.signature(self._module.build)
         try:
-            inspect.signature(self._module.build).bind(**arguments)
+            bound = signature.bind(**arguments)
         except TypeError as error:
             raise ConfigError(
-                f"{_ARGUMENTS}: must fit build{inspect.signature(self._module.build)} in {file};"
+                f"{_ARGUMENTS}: must fit build{signature} in {file};"
                 f" got {json.dumps(arguments, default=str)}: {error}"
             ) from None
-        built = self._module.build(**arguments)
+        bound.apply_defaults()
+        asked, option = bound.arguments.get("pretrained"), f"{_ARGUMENTS}.pretrained"
+        if "pretrained" in bound.arguments:
+            notes = unused_weights(option, asked, checkpoint, pretrained=pretrained)
+        else:
+            notes = self._heads_as_built()
+        if asked and not pretrained:
+            bound.arguments["pretrained"] = False
+        built = self._module.build(*bound.args, **bound.kwargs)
+        loaded = bool(asked) and pretrained
         match built:
             case Task():
                 own_loss, model = built.loss, built.model
@@ -117,7 +137,9 @@ class FileAdapter:
             refuse_terms(criterion, "build() returns its own loss", "remove one of the two")
         model.to(device)
         if isinstance(built, Task):
-            return built
+            return dataclasses.replace(
+                built, pretrained=loaded or built.pretrained, notes=[*built.notes, *notes]
+            )
         if own_loss is None and criterion is None:
             raise ConfigError(
                 "loss.terms: build() returned no loss, so the run file needs one; got none; add a"
@@ -129,7 +151,20 @@ class FileAdapter:
             loss=loss,
             blocks=repeated_blocks(model),
             fields=getattr(self._module, "fields", {}),
+            pretrained=loaded,
+            notes=notes,
         )
+
+    def _heads_as_built(self) -> list[str]:
+        """Says so where new heads are at random only if `build` has them so."""
+        random = [name for name, head in self._new_heads.items() if head.init == "random"]
+        if not random:
+            return []
+        return [
+            f"finetune.new_heads: {', '.join(random)} as build() in {self._options.file} makes"
+            " them; if it loads pretrained weights, give it an argument `pretrained`, and load none"
+            " where that is false"
+        ]
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
         """The file's `weights(path)`, else the core reads the checkpoint."""

@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
+
+from fastft.assemble import assemble
+from fastft.portable import write_portable
+from fastft.runfile import read_run_file
+from fastft.task import Task
 
 TENSOR_LOSS = """
     def loss(model, batch):
@@ -249,3 +255,70 @@ def test_tied_weights_are_exported_under_both_names(fastft: Callable[..., Any]) 
     assert torch.equal(state["blocks.0.linear.weight"], state["blocks.1.linear.weight"])
     evaluated = fastft("evaluate", "run.toml", "--checkpoint", "out.safetensors")
     assert (evaluated.code, evaluated.errors) == (0, "")
+
+
+PRETRAINED = """
+
+def build({arguments}):
+    net = Net(8, 3)
+    for parameter in net.parameters() if {condition} else ():
+        parameter.data.fill_(7)
+    return {returns}
+"""
+HEADS = "finetune.new_heads={head={},stem={init='zero'}}"
+
+
+def assembled(
+    arguments: str, *overrides: str, returns: str = "net", pretrained: bool = True
+) -> tuple[Task, list[str], str]:
+    """The task, names of the tensors that are not of `build`'s weights, and what was said."""
+    condition = "pretrained" if "pretrained" in arguments else "True"
+    text = Path("model.py").read_text().partition("def build")[0]
+    text += IMPORTS + PRETRAINED.format(arguments=arguments, condition=condition, returns=returns)
+    Path("model.py").write_text(text)
+    console = Console(record=True, width=300)
+    config = read_run_file(Path("run.toml"), [HEADS, *overrides])
+    task, _ = assemble(config, torch.device("cpu"), console, pretrained=pretrained)
+    others = [name for name, p in task.model.named_parameters() if not (p == 7).all()]
+    return task, others, console.export_text()
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("returns", "overrides"),
+    [
+        ("net", ()),
+        ("net, lambda model, batch: model(batch['inputs']).sum()", ["loss.terms=[]"]),
+        ("Task(net, lambda model, batch: None)", ["loss.terms=[]"]),
+    ],
+)
+def test_new_heads_are_not_those_that_build_loads(returns: str, overrides: Any) -> None:
+    task, others, said = assembled("pretrained=True", *overrides, returns=returns)
+    assert others == ["stem.weight", "stem.bias", "head.weight", "head.bias"]
+    assert task.model.get_parameter("head.weight").std() > 0
+    assert "the weights are the adapter's, pretrained" in said
+    assert "build()" not in said
+
+
+@pytest.mark.usefixtures("project")
+def test_what_build_is_told_of_pretrained_weights() -> None:
+    option = "model.options.arguments={pretrained=false}"
+    assert len(assembled("pretrained=True", option)[1]) == 8
+    task, others, _ = assembled("pretrained=True", pretrained=False)
+    assert len(others) == 8
+    write_portable(task.model, Path("weights.safetensors"))
+    checkpoint = "model.checkpoint=weights.safetensors"
+    unused = "model.options.arguments.pretrained is not used"
+    _, others, said = assembled("pretrained=True", checkpoint)
+    assert len(others) == 8
+    assert unused in said
+    assert unused not in assembled("pretrained=False", checkpoint)[2]
+    assert unused not in assembled("pretrained=True", checkpoint, "model.strict=false")[2]
+
+
+@pytest.mark.usefixtures("project")
+def test_heads_that_may_not_be_at_random_are_named() -> None:
+    _, others, said = assembled("")
+    assert others == ["stem.weight", "stem.bias"]
+    assert "finetune.new_heads: head as build() in model.py makes them; if it loads" in said
+    assert "build()" not in assembled("", "finetune.new_heads={head={init='zero'}}")[2]
