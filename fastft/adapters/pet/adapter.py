@@ -31,6 +31,7 @@ from fastft.adapters.pet.targets import (
     atoms_options,
     find_targets,
     heads,
+    last_layers,
     rename_to_energy,
     rescale_heads,
     settings_of,
@@ -58,12 +59,15 @@ class PetAdapter:
     def __init__(self, options: PetOptions) -> None:
         self.options = options
         self.targets = RunTargets((options.target,))
+        # The run file's new heads at random.
+        self._random: list[str] = []
         # Of what `build` made.
         self._cutoff, self._elements = 0.0, ()
         self._adaptive: dict[str, Any] | None = None
         self._units: dict[str, str] = {}
         self._fitted: tuple[str, ...] = ()
-        self._rescaled: tuple[str, ...] = ()
+        # Last layers by target.
+        self._rescaled: dict[str, list[str]] = {}
         # Training data by name, before neighbours are looked for.
         self._training: dict[str, Structures] = {}
         self._model: PET | None = None
@@ -87,7 +91,8 @@ class PetAdapter:
         return convert(path)
 
     def expect(self, data: DataConfig, new_heads: Mapping[str, NewHead]) -> None:
-        """The run's targets are those of its data sets."""
+        """The run's targets are those of its data sets; heads at random have no old potential."""
+        self._random = [name for name, head in new_heads.items() if head.init == "random"]
         self.targets = find_targets(self.options, data)
 
     def build(
@@ -108,9 +113,17 @@ class PetAdapter:
         random = [
             name for name in built.fresh if settings_of(options, name)[1].inherit_heads is None
         ]
-        self._rescaled = tuple(
-            name for name in self._fitted if options.rescale_heads and name not in random
-        )
+        self._rescaled = {
+            name: last_layers(name, self._random)
+            for name in self._fitted
+            if options.rescale_heads and name not in random
+        }
+        notes = [
+            f"target '{name}': its heads that start at random by finetune.new_heads are not"
+            " rescaled"
+            for name, layers in self._rescaled.items()
+            if layers != last_layers(name)
+        ]
         self._cutoff, self._elements = model.cutoff, tuple(model.atomic_types)
         # The checks hold the dict.
         self._units.clear()
@@ -130,7 +143,7 @@ class PetAdapter:
             added=built.new,
             double_backward=options.forces or options.stress,
             new_heads=heads(built.fresh),
-            notes=built.notes,
+            notes=[*built.notes, *notes],
         )
 
     def weights(self, path: Path) -> Mapping[str, Tensor] | None:
@@ -195,7 +208,7 @@ class PetAdapter:
             fit_baseline(model, target, samples)
             _, scale = composition(model, target)
             if target in self._rescaled:
-                rescale_heads(model, target, before / scale)
+                rescale_heads(model, self._rescaled[target], before / scale)
 
     def _reference(self, target: int) -> Reference | None:
         """Of a target that keeps its composition energies and scale."""

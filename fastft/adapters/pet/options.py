@@ -154,8 +154,9 @@ class PetOptions(TargetOptions):
         bool,
         Field(
             description="Multiply last layers by old scale / new scale where a scale is fitted for"
-            " heads that are inherited, or a target's own with `fit = 'always'`: training begins at"
-            " the old potential. Upstream does not: it begins at new scale / old scale times that."
+            " heads that are inherited, or a target's own with `fit = 'always'`, unless"
+            " `finetune.new_heads` has them at random: training begins at the old potential."
+            " Upstream does not: it begins at new scale / old scale times that."
         ),
     ] = True
     loss: Annotated[PetLossOptions, Field(description="The loss.")] = PetLossOptions()

@@ -18,6 +18,7 @@ from fastft.adapters.pet.baseline import copy_scale
 from fastft.adapters.pet.options import AtomsOptions, PetOptions, TargetOptions
 from fastft.config import DataConfig, DataSource
 from fastft.errors import ConfigError, nearest
+from fastft.names import is_under
 from fastft.runfile import parse
 
 # Modules that hold a target's own weights, by target.
@@ -200,12 +201,28 @@ def describe_fit(
         )
 
 
-@torch.no_grad()
-def rescale_heads(model: PET, target: str, factor: float) -> None:
-    """Multiplies what a target's heads say, by their last layers."""
+def last_layers(target: str, random: Sequence[str] = ()) -> list[str]:
+    """Names of a target's last layers, but for those of heads that are at random.
+
+    Args:
+        random: names of modules or parameters that start at random, whole heads or parts of them.
+    """
+    names = []
     for kind in LAST_LAYERS:
-        layers = model.get_submodule(f"backend.{kind}.{target}")
-        for name, parameter in layers.named_parameters():
+        last, head = (
+            f"backend.{module}.{target}" for module in (kind, kind.replace("last_layers", "heads"))
+        )
+        within = any(is_under(name, (last, head)) for name in random)
+        if not within and not is_under(last, random) and not is_under(head, random):
+            names.append(last)
+    return names
+
+
+@torch.no_grad()
+def rescale_heads(model: PET, layers: Sequence[str], factor: float) -> None:
+    """Multiplies what heads say, by their last layers."""
+    for layer in layers:
+        for name, parameter in model.get_submodule(layer).named_parameters():
             # A low-rank update B A is multiplied once.
             if ".lora_A." not in name:
                 parameter.mul_(factor)

@@ -18,7 +18,7 @@ from upstream_pet import Upstream
 
 from fastft.adapters.pet.baseline import Baseline, composition, fit_baseline
 from fastft.adapters.pet.checkpoint import read_model
-from fastft.config import DataConfig, DataSource, FinetuneConfig
+from fastft.config import DataConfig, DataSource, FinetuneConfig, NewHead
 from fastft.errors import ConfigError
 from fastft.finetune import apply_method
 from fastft.task import Batch
@@ -232,6 +232,29 @@ def test_heads_at_random_are_not_rescaled(tuned: Any, atoms_file: Path, tmp_path
     fit(adapter, task, tripled(atoms_file, tmp_path))
     for name, parameter in task.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("head", "rescaled"),
+    [
+        ("backend.node_heads.energy", {"edge_last_layers"}),
+        ("backend.edge_last_layers.energy.0.energy___0.weight", {"node_last_layers"}),
+        ("backend.gnn_layers", {"node_last_layers", "edge_last_layers"}),
+        ("backend", set()),
+    ],
+)
+def test_new_heads_at_random_are_not_rescaled(
+    make_adapter: Any, build: Any, checkpoint: Path, atoms_file: Path, head: str, rescaled: set[str]
+) -> None:
+    adapter = make_adapter(elements=[], dtype="float64", fit="always")
+    adapter.expect(data_of(atoms_file, ["energy"]), {head: NewHead()})
+    task = build(adapter, checkpoint)
+    before = {name: p.clone() for name, p in task.model.named_parameters()}
+    fit(adapter, task, tripled(atoms_file, atoms_file.parent))
+    changed = {n for n, p in task.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[1] for name in changed} == rescaled
+    said = "target 'energy': its heads that start at random by finetune.new_heads are not rescaled"
+    assert (said in task.notes) == (len(rescaled) < 2)
 
 
 def test_low_rank_updates_start_as_the_checkpoint(tuned: Any, atoms_file: Path) -> None:
