@@ -227,12 +227,14 @@ class _Window:
             names = [operators[i].name for i in self._callers(index)]
             # Nodes of autograd do nothing themselves.
             kind = operators_kind(names) or ("elementwise" if "aten::" in names[0] else "other")
+            # Of an operator that is counted, copies compute nothing.
+            owner = -1 if kind == "copies" else self._owners[index]
             kind = "optimizer" if phase in ("gradients", "update") else kind
             own = difference([(operator.start, operator.end)], union(children[index]))
             for number, (start, end) in enumerate(own):
                 calls = 1 if number == 0 else 0
                 found.append(Work(operator.name, kind, phase, start, end, calls))
-                counted.append(self._owners[index])
+                counted.append(owner)
         return self._with_flops(found, counted)
 
     def _with_flops(self, works: list[Work], counted: Sequence[int]) -> list[Work]:

@@ -163,16 +163,21 @@ def test_without_a_gpu_operators_are_the_work(trace: Any, gpu_run: RunFacts) -> 
     trace.mark("forward", 0, 50)
     trace.operator("aten::linear", 10, 40)
     trace.operator("aten::addmm", 15, 35, [[4], [2, 3], [3, 4]])
+    # Longer than the rest of the product, of which it computes nothing.
+    trace.operator("aten::copy_", 16, 32)
     trace.mark("update", 50, 100)
     trace.operator("aten::add_", 60, 80)
     run = dataclasses.replace(gpu_run, device="CPU", is_gpu=False, precision="fp32")
     report = measure(parse_trace(trace.events), run, CompileFacts())
     own = {kernel.name: (kernel.calls, kernel.total_ms) for kernel in report.kernels}
-    assert own["aten::addmm"] == (1, pytest.approx(0.02))
+    assert own["aten::addmm"] == (1, pytest.approx(0.004))
+    rates = {kernel.name: kernel.tflops for kernel in report.kernels}
+    assert rates["aten::copy_"] is None
+    assert rates["aten::addmm"] is not None
     # Before and after the product that it calls.
     assert own["aten::linear"] == (1, pytest.approx(0.01))
     kinds = {kind.name: kind.ms for kind in report.kinds if kind.ms}
-    assert kinds["matmul"] == pytest.approx(0.02)
+    assert kinds["matmul"] == pytest.approx(0.004)
     assert kinds["optimizer"] == pytest.approx(0.02)
     assert report.idle_share == pytest.approx(0.5)
     assert report.phases[0].gpu_ms is None
