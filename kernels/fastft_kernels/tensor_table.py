@@ -68,9 +68,11 @@ class HostNumbers:
         # Every slot begins at an aligned address.
         width = -(-count // 16) * 16
         idle = self._idle[width, device]
-        if idle and on_gpu:
+        slots = idle.pop() if idle else None
+        if slots is None:
+            slots = torch.zeros(2 * _HALF, width, device="cpu", pin_memory=on_gpu)
+        elif on_gpu:
             torch.cuda.synchronize(device)
-        slots = idle.pop() if idle else torch.zeros(2 * _HALF, width, pin_memory=on_gpu)
         weakref.finalize(self, idle.append, slots)
         self._device, self._at = device, 0
         self._slots = [slot[:count] for slot in slots]
