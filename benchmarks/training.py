@@ -290,6 +290,7 @@ def within_budget(
     except PlanError as error:
         print(budget, error, flush=True)
     else:
+        torch.cuda.empty_cache()
         predicted, modelled, rehearsed = (
             plan.predicted_bytes,
             plan.predicted_seconds,

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from fastft.assemble import assemble, build_step
 from fastft.blocks import KEEP, BlockForwards
+from fastft.compiling import recompile_limit_explained
 from fastft.config import RunConfig, parse_bytes
 from fastft.data import open_loader
 from fastft.errors import ConfigError, PlanError
@@ -177,7 +178,7 @@ def _parse(budgets: Sequence[str], config: RunConfig, *, no_device: bool) -> dic
 def _measure(config: RunConfig, wanted: Mapping[str, int]) -> Measured:
     """On the GPU of the run, what these budgets need; none: its memory."""
     quiet = Console(quiet=True)
-    with open_run(config.run, write=False) as run:
+    with recompile_limit_explained(), open_run(config.run, write=False) as run:
         device = run.device
         if device.type != "cuda":
             raise PlanError(

@@ -64,7 +64,7 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         FastftError: anything that the user can mend.
     """
     total, config = config.run.steps, fitted_before(config)
-    with open_run(config.run, write=not dry_run) as run:
+    with recompile_limit_explained(), open_run(config.run, write=not dry_run) as run:
         resumed = None if dry_run else find_resumed(config)
         saved = load_checkpoint(resumed) if resumed else None
         if saved is not None and saved.meta["step"] >= total:
@@ -101,7 +101,6 @@ def train(config: RunConfig, console: Console, *, dry_run: bool = False) -> Trai
         set_train_mode(task.model, config.finetune.method)
         with (
             out_of_memory_explained(),
-            recompile_limit_explained(),
             loader,
             open_writer(run.folder, tensorboard=config.log.tensorboard, first_step=first) as writer,
             Progress(console, first, total) as progress,

@@ -12,7 +12,7 @@ from fastft.config import RunConfig
 from fastft.data import SourceLoader, open_loader
 from fastft.errors import ConfigError, PlanError
 from fastft.memory.budget import enforced_limit, planned_room
-from fastft.memory.rehearsal import as_trained_in_the_end, try_rehearsal
+from fastft.memory.rehearsal import as_trained_in_the_end, free_cached, try_rehearsal
 from fastft.runfile import read_run_file
 from fastft.runtime import RUN_FILE
 from fastft.step import TrainingStep
@@ -83,6 +83,8 @@ def fit_batch(
         size = _largest(sizes, KEEP, forwards, fits)
         if not size and planned:
             size = _largest(sizes, RECOMPUTE, forwards, fits)
+    # What did not fit has left memory in pieces.
+    free_cached()
     if config.step.compile != "off":
         # Graphs that have seen several sizes are slower than one made for the last.
         torch._dynamo.reset()

@@ -11,8 +11,9 @@ import torch
 
 # Of a GPU that runs as fast as any does; a slower one sleeps longer.
 _CYCLES_PER_SECOND = 2e9
-# Of the time that the host took for a call before; the next may take longer.
-_SLEEP = 1.5
+# Of the time that the host took for a call before; the next may take longer. At most so many
+# seconds: the one before may have compiled.
+_SLEEP, _LONGEST = 1.5, 0.5
 
 
 class Meter(Protocol):
@@ -84,17 +85,17 @@ class DeviceMeter:
         gc.collect()
         host = self._host_seconds(call)
         with torch.cuda.device(self._device):
-            sleep = host * (_SLEEP * repeats if host_ahead else 1)
+            sleep = min(_LONGEST, host * (_SLEEP * repeats if host_ahead else 1))
             torch.cuda._sleep(int(sleep * _CYCLES_PER_SECOND))
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        hosts = []
-        marks[0].record()
-        for mark in marks[1:]:
-            begin = time.perf_counter()
-            call()
-            mark.record()
-            hosts.append(time.perf_counter() - begin)
-        torch.cuda.synchronize(self._device)
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+            hosts = []
+            marks[0].record()
+            for mark in marks[1:]:
+                begin = time.perf_counter()
+                call()
+                mark.record()
+                hosts.append(time.perf_counter() - begin)
+            torch.cuda.synchronize()
         times = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
         device = statistics.median(times)
         return device if host_ahead else max(device, statistics.median(hosts))

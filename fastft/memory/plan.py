@@ -180,8 +180,6 @@ def make_plan(
             best, costs = _search(step, forwards, batches, limit, measured, say)
         if best is not None:
             forwards.use(best.ways)
-            # The run begins as the plan was rehearsed.
-            free_cached()
             return best
         if not offload:
             console.print("memory: recomputing does not suffice; measuring with the host's memory")
@@ -225,8 +223,15 @@ def _search(
         found = try_rehearsal(step, batches, limit, may_thrash=say is not None)
         if found is not None:
             # Not `ways`: a block that is never called is not in the costs.
-            kept, host = dict(forwards.chosen), host_bytes(costs, solution.picks)
-            plan = Plan(limit, kept, predicted, seconds, found.peak_bytes, found.seconds, host)
+            plan = Plan(
+                budget_bytes=limit,
+                ways=dict(forwards.chosen),
+                predicted_bytes=predicted,
+                predicted_seconds=seconds,
+                peak_bytes=found.peak_bytes,
+                seconds=found.seconds,
+                host_bytes=host_bytes(costs, solution.picks),
+            )
             if found.thrashes:
                 thrashing = _faster(thrashing, plan)
             else:
@@ -311,6 +316,8 @@ def plan_memory(
             times = {"seconds": plan.seconds, "predicted_seconds": plan.predicted_seconds}
             times = {k: v and once + (v - once) * len(held) / 2 for k, v in times.items()}
             plan = replace(plan, **times)
+    # The run begins as its plan was rehearsed.
+    free_cached()
     plan.save(saved)
     console.print(plan.summary())
     return plan

@@ -10,6 +10,8 @@ from fastft.profiling.report import CompileEvent, CompileFacts
 
 # Distinct reasons that one message gives.
 _SHOWN = 3
+# From here on a page of torch's is named, and what followed from the break.
+_MORE = "For more details about this graph break"
 
 
 def graph_count() -> int:
@@ -31,7 +33,7 @@ def compile_facts(graphs_before: int) -> CompileFacts:
     return CompileFacts(
         graphs=counters["stats"]["unique_graphs"],
         graphs_in_window=counters["stats"]["unique_graphs"] - graphs_before,
-        graph_breaks=_counted(_graph_breaks(dynamo)),
+        graph_breaks=_by_place(_counted(_graph_breaks(dynamo))),
         recompiles=_counted(map(_recompile, _recompilations())),
         cache_hits=counters["inductor"]["fxgraph_cache_hit"],
         cache_misses=counters["inductor"]["fxgraph_cache_miss"],
@@ -62,7 +64,8 @@ class CompileWatch:
 
     def __init__(self) -> None:
         self._seen: int | None = None
-        self._breaks: set[tuple[str, str]] = set()
+        # Place and reason -> the most that were counted: torch forgets functions left to Python.
+        self._breaks: dict[tuple[str, str], int] = {}
 
     def look(self) -> tuple[dict[str, float], list[str]]:
         """Values to log, and what to tell the user; both empty while nothing is compiled."""
@@ -80,8 +83,10 @@ class CompileWatch:
             why = "; ".join(f"{again.reason}{_at(again)}" for again in recompiles[:_SHOWN])
             messages.append(f"torch.compile compiled again, graphs: {count}; {why}")
         self._seen = _latest()
-        self._breaks |= {(broken.where, broken.reason) for broken in facts.graph_breaks}
-        breaks = float(sum(broken.count for broken in facts.graph_breaks))
+        for broken in facts.graph_breaks:
+            event = broken.where, broken.reason
+            self._breaks[event] = max(broken.count, self._breaks.get(event, 0))
+        breaks = float(sum(self._breaks.values()))
         return {"compile/graphs": float(facts.graphs), "compile/graph_breaks": breaks}, messages
 
 
@@ -121,8 +126,21 @@ def _place(file: str | None, line: int | None) -> str:
 
 def _counted(events: Iterable[tuple[str, str]]) -> tuple[CompileEvent, ...]:
     """Each place and reason once, in the order of their first times."""
-    counts = Counter((where, " ".join(str(reason).split())) for where, reason in events)
+    counts = Counter((where, _short(reason)) for where, reason in events)
     return tuple(CompileEvent(*event, count) for event, count in counts.items())
+
+
+def _by_place(events: Iterable[CompileEvent]) -> tuple[CompileEvent, ...]:
+    """Of a place the first: a call that breaks is told of its caller, too."""
+    found: dict[str, CompileEvent] = {}
+    for event in events:
+        found.setdefault(event.where or event.reason, event)
+    return tuple(found.values())
+
+
+def _short(reason: str) -> str:
+    """On one line, the reason itself."""
+    return " ".join(str(reason).split(_MORE)[0].split())
 
 
 def _compilations() -> list[Any]:

@@ -208,7 +208,11 @@ class _Window:
                 moved = kernel_bytes(work.name, self._trace.operators[chain[0]])
             is_estimate = work.bytes is None and moved is not None
             found.append(
-                Work(work.name, kind, phase, work.start, work.end, 1, 0, moved, is_estimate)
+                Work(
+                    *(work.name, kind, phase, work.start, work.end),
+                    bytes=moved,
+                    is_estimate=is_estimate,
+                )
             )
             counted.append(self._owners[chain[0]] if chain and kind != "copies" else -1)
         return self._with_flops(found, counted)

@@ -48,6 +48,8 @@ def _check_state(p: Tensor, saved: Mapping[str, Any]) -> None:
             "FusedAdam: a saved state must hold step, exp_avg and exp_avg_sq, as Adam's does;"
             f" got {', '.join(sorted(saved)) or 'nothing'}"
         )
+    if "max_exp_avg_sq" in saved:
+        raise ValueError("FusedAdam: amsgrad is not supported; turn it off")
     for name in MOMENTS:
         if saved[name].shape != p.shape:
             raise ValueError(
@@ -97,10 +99,18 @@ class FusedAdam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group at any time; its parameters start at step 0."""
+        _check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check_settings(group)
-        for p in group["params"]:
+        try:
+            self._check_params(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    @staticmethod
+    def _check_params(params: Iterable[Tensor]) -> None:
+        for p in params:
             if hasattr(p, "to_local"):
                 raise ValueError(
                     "FusedAdam: parameters must be plain tensors; got a DTensor; use torch AdamW "
@@ -110,7 +120,6 @@ class FusedAdam(Optimizer):
                 raise ValueError(
                     f"FusedAdam: parameters must be float32, bfloat16 or float16; got {p.dtype}"
                 )
-        self._plan = None
 
     def step(  # type: ignore[override]
         self,

@@ -196,6 +196,7 @@ class GradientNorm:
         )
         plan = self._plan
         if plan is None or sizes[0] != self._sizes[0] or kinds != plan.kinds.of:
+            _check([g for g in grads if g is not None])
             self._plan = plan = _Plan(sizes[0], kinds, groups, device)
         self._sizes = sizes
         upload(self._addresses, torch.int64, device, into=plan.grads)

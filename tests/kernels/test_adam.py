@@ -244,6 +244,10 @@ def test_refusals(device):
     for name in ("lr", "eps", "weight_decay"):
         with pytest.raises(ValueError, match=f"{name} must be 0 or more; got -1"):
             FusedAdam([{"params": [p], name: -1.0}])
+    optimizer = FusedAdam([p])
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]})
+    assert len(optimizer.param_groups) == 1
     p.grad = torch.ones_like(p)
     longer = nn.Parameter(torch.ones(4, device=device))
     for plain, target, message in (

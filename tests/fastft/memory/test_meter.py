@@ -23,5 +23,4 @@ def test_a_call_takes_what_its_device_takes_where_the_host_is_ahead() -> None:
 
     meter = DeviceMeter(device)
     call()
-    assert meter.seconds(call, 3) > 0.015
-    assert meter.seconds(call, 3, host_ahead=True) < 0.005
+    assert meter.seconds(call, 3, host_ahead=True) < meter.seconds(call, 3) / 2

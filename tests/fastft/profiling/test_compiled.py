@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo import utils as dynamo
 from torch._dynamo.output_graph import GraphCompileReason
 
+from fastft.profiling import CompileEvent, CompileFacts, compiled
 from fastft.profiling.compiled import (
     CompileWatch,
     compile_facts,
@@ -58,7 +59,11 @@ def test_breaks_are_found_in_calls_branches_and_loops() -> None:
 
     for function in (branched, looped):
         torch.compile(function, backend="eager")(torch.ones(3))
-    reasons = {event.where: event.reason for event in compile_facts(0).graph_breaks}
+    events = compile_facts(0).graph_breaks
+    reasons = {event.where: event.reason for event in events}
+    # A call that breaks is no second break at the same place.
+    assert len(events) == len(reasons)
+    assert not any("For more details" in reason for reason in reasons.values())
     assert "in a call" in reasons[line_of(called, 1)]
     assert reasons[line_of(branched, 2)].startswith("a branch on the value of a tensor")
     assert "in a loop" in reasons[line_of(looped, 3)]
@@ -92,6 +97,16 @@ def test_the_watch_tells_of_what_comes_after_the_first_look() -> None:
     (message,) = [message for message in messages if "seen by the watch" in message]
     assert message.startswith(f"torch.compile left a graph at {line_of(broken, 1)}: ")
     assert "\n" not in message
+
+
+def test_breaks_that_torch_forgets_stay_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = [
+        CompileFacts(graphs=2, graph_breaks=(CompileEvent("a.py:1", "a loop", 3),)),
+        CompileFacts(graphs=9, graph_breaks=(CompileEvent("b.py:2", "a call", 1),)),
+    ]
+    monkeypatch.setattr(compiled, "compile_facts", lambda before: facts.pop(0))
+    watch = CompileWatch()
+    assert [watch.look()[0]["compile/graph_breaks"] for _ in range(2)] == [3, 4]
 
 
 def test_the_watch_gives_the_reasons_since_the_last_look() -> None:
