@@ -7,7 +7,7 @@ and skipping need neither another pass over the gradients nor the host.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,10 +52,12 @@ def make_groups(task: Task, config: OptimConfig, staged: Mapping[str, int]) -> l
         staged: parameters that are frozen now and trained later.
 
     Raises:
-        ConfigError: a rule that matches no parameter, or only ones that are never trained.
+        ConfigError: a rule that matches no parameter, or only ones that are never trained; a
+            trained embedding whose gradients are sparse.
     """
     parameters = dict(named_parameters(task.model))
     trained = {n: p for n, p in parameters.items() if p.requires_grad or n in staged}
+    _refuse_sparse(task.model, trained.values())
     layers = _layer_factors(task, config)
     groups: dict[tuple[Any, ...], dict[str, nn.Parameter]] = {}
     used: set[int] = set()
@@ -321,6 +323,22 @@ def _first_match(name: str, config: OptimConfig) -> int:
         if matching(rule.match, [name]):
             return index
     return -1
+
+
+def _refuse_sparse(model: nn.Module, trained: Collection[nn.Parameter]) -> None:
+    ids = {id(parameter) for parameter in trained}
+    names = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.sparse
+        and id(module.weight) in ids
+    ]
+    if names:
+        raise ConfigError(
+            f"model: gradients must be dense; got sparse ones from {', '.join(names)}; build"
+            " embeddings with sparse = False, or freeze them"
+        )
 
 
 def _refuse_idle_rules(

@@ -42,6 +42,15 @@ def settings_of(task: Task, config: OptimConfig) -> dict[str, tuple[float, float
     return {name: (g.lr, g.weight_decay) for g in groups for name in g.parameters}
 
 
+def test_embeddings_with_sparse_gradients_are_refused_unless_frozen() -> None:
+    task = make_task()
+    task.model.words = nn.EmbeddingBag(5, 4, sparse=True)
+    with pytest.raises(ConfigError, match="gradients must be dense; got sparse ones from words"):
+        make_groups(task, OptimConfig(lr=0.1), {})
+    task.model.words.weight.requires_grad_(False)
+    make_groups(task, OptimConfig(lr=0.1), {})
+
+
 def test_first_rule_that_matches_wins_and_biases_do_not_decay() -> None:
     config = OptimConfig(
         lr=1.0,
