@@ -6,7 +6,7 @@ that a user reads or writes.
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -98,3 +98,9 @@ def is_under(name: str, modules: Iterable[str]) -> bool:
     """Whether a tensor belongs to one of the named modules, or is itself named."""
     modules = tuple(modules)
     return name in modules or name.startswith(tuple(f"{module}." for module in modules))
+
+
+def first_few(items: Collection[str], count: int = 5) -> str:
+    """`a, b, c and 12 more`."""
+    shown = ", ".join(list(items)[:count])
+    return f"{shown} and {len(items) - count} more" if len(items) > count else shown

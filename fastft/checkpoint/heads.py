@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastft.checkpoint.names import first_few
 from fastft.config import NewHead
 from fastft.errors import CheckpointError, ConfigError, nearest
-from fastft.names import is_under, state_dict, unwrapped
+from fastft.names import first_few, is_under, state_dict, unwrapped
 
 # weight_norm divides by the norm, which zero weights lack; other parametrizations of zero may be
 # anything but zero.

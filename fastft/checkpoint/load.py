@@ -13,11 +13,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fastft.checkpoint.heads import start_heads
-from fastft.checkpoint.names import first_few, matching_prefix
+from fastft.checkpoint.names import matching_prefix
 from fastft.checkpoint.read import Weights
 from fastft.config import ModelConfig, NewHead
 from fastft.errors import CheckpointError
-from fastft.names import is_under, unwrapped
+from fastft.names import first_few, is_under, unwrapped
 
 # Counts batches for momentum = None only; BatchNorm had none before torch 0.4.1.
 _OPTIONAL = "num_batches_tracked"

@@ -35,9 +35,3 @@ def shared_prefix(names: Iterable[str]) -> str:
             break
         prefix += f"{column[0]}."
     return prefix
-
-
-def first_few(items: Collection[str], count: int = 5) -> str:
-    """`a, b, c and 12 more`."""
-    shown = ", ".join(list(items)[:count])
-    return f"{shown} and {len(items) - count} more" if len(items) > count else shown

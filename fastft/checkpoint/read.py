@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastft.checkpoint.folder import EMA, MODEL, check_files, find_checkpoint, read_meta
 from fastft.checkpoint.formats import Format, read_safetensors, read_torch, sniff
-from fastft.checkpoint.names import first_few
 from fastft.errors import CheckpointError
+from fastft.names import first_few
 
 # Under which trainers keep the model, most trusted first; averaged weights last.
 _USUAL_KEYS = (

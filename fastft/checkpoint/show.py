@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fastft.checkpoint.folder import META, read_meta
-from fastft.checkpoint.names import first_few, shared_prefix
+from fastft.checkpoint.names import shared_prefix
 from fastft.checkpoint.read import Weights, read_weights
-from fastft.names import unwrapped
+from fastft.names import first_few, unwrapped
 from fastft.task import Description
 
 # Parts of a name that models give their last layers.

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastft.adapters.aurora.variables import Variables, resolve_variables
 from fastft.adapters.aurora.variants import AirPollution, V1p5, Wave, Weather
 from fastft.config import NewHead
 from fastft.errors import AdapterError, ConfigError, nearest
-from fastft.names import is_under
+from fastft.names import first_few, is_under
 
 CLASSES = (
     "Aurora",
@@ -336,19 +336,15 @@ def embedding_notes(
     notes = []
     if zero:
         notes.append(
-            f"{_first(zero)}: at zero, by model.options.new_embeddings, where finetune.new_heads"
-            " has init = 'random'; for that, set new_embeddings = 'random'"
+            f"{first_few(zero, 1)}: at zero, by model.options.new_embeddings, where"
+            " finetune.new_heads has init = 'random'; for that, set new_embeddings = 'random'"
         )
     if others:
         notes.append(
-            f"{_first(others)}: as finetune.new_heads says, over"
+            f"{first_few(others, 1)}: as finetune.new_heads says, over"
             " model.options.new_embeddings = 'random'"
         )
     return notes
-
-
-def _first(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def longest_carried(options: AuroraOptions) -> int | None:
