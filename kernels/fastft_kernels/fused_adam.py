@@ -196,7 +196,7 @@ class FusedAdam(Optimizer):
         super().load_state_dict(state_dict)
         for p, state in found:
             # From the original: the base class casts moments to the parameter's dtype.
-            self.load_parameter_state(p, state)
+            self.state[p] = self._adopted(p, state)
         self._plan = None
 
     def load_parameter_state(self, p: nn.Parameter, saved: Mapping[str, Any]) -> None:
