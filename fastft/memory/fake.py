@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fastft.blocks import RECOMPUTE, BlockForwards
 from fastft.config import RunConfig
-from fastft.memory.fake_mode import FakeMode
+from fastft.memory.fake_mode import FakeMode, NothingCompiled
 from fastft.memory.measure import (
     assemble_costs,
     capture_calls,
@@ -52,7 +52,7 @@ def a100(*, tf32: bool = False) -> Speed:
     return Speed("A100", 1.6e12, {**fast, torch.float32: 156e12 if tf32 else 19.5e12})
 
 
-class FakeMeter(TorchDispatchMode):
+class FakeMeter(NothingCompiled, TorchDispatchMode):
     """Counts the storages that operators make while it is entered; works for real tensors too.
 
     A storage counts from the operator that made it until it is freed. An operator takes the longer
@@ -68,11 +68,6 @@ class FakeMeter(TorchDispatchMode):
         self._live: dict[int, weakref.ref[Any]] = {}
         self._allocated = self._peak = 0
         self._seconds = 0.0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here; the wrapper that keeps torch's compiler out takes time.
-        return False
 
     def allocated(self) -> int:
         """Bytes in storages now, each rounded up to 512."""

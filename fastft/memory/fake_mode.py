@@ -15,7 +15,15 @@ from torch._subclasses.fake_tensor import (
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-class FakeMode(FakeTensorMode):
+class NothingCompiled:
+    """Of a mode: without torch's wrapper that keeps the compiler out, which takes time."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class FakeMode(NothingCompiled, FakeTensorMode):
     """For tensors whose sizes are numbers, where nothing is compiled.
 
     Real tensors that an operator is given become fake there.
@@ -23,11 +31,6 @@ class FakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here; the wrapper that keeps torch's compiler out takes time.
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Views by torch's kernels, in a third of the time; the rest as torch does it."""
