@@ -50,7 +50,6 @@ class Menu:
     Args:
         calls: what the blocks are called with; held as long as this is.
         names: ways, from most kept to least; the last must work.
-        rounds: of timing.
         say: told of a way that a block cannot run, which leaves its menu.
     """
 
@@ -61,11 +60,10 @@ class Menu:
         calls: Mapping[str, Call],
         names: Sequence[str],
         meter: Meter,
-        rounds: int = _ROUNDS,
         say: Callable[[str], object] = lambda text: None,
     ) -> None:
         self._forwards, self._calls, self._names = forwards, calls, names
-        self._meter, self._rounds, self._say = meter, rounds, say
+        self._meter, self._say = meter, say
         # By the first block of each kind.
         self._kinds = {blocks[0].name: blocks for blocks in distinct_blocks(task, calls).values()}
         self._trials: dict[str, dict[str, Trial]] = {kind: {} for kind in self._kinds}
@@ -181,7 +179,7 @@ class Menu:
             return
         known = self._found[kind]
         times: dict[str, list[float]] = {name: [] for name in known}
-        for _, name in itertools.product(range(self._rounds), known):
+        for _, name in itertools.product(range(_ROUNDS), known):
             times[name].append(self._trials[kind][name].seconds(self._meter))
         for name, seconds in times.items():
             known[name] = dataclasses.replace(known[name], seconds=statistics.median(seconds))

@@ -85,9 +85,7 @@ class Blocks:
         return StepCosts(tuple(blocks), 0, 0, 0, 0, 0, 0, 0.0)
 
     def menu(self) -> Menu:
-        made = Menu(
-            self.task, self.forwards, self.calls, NAMES, Meter(), rounds=1, say=self.said.append
-        )
+        made = Menu(self.task, self.forwards, self.calls, NAMES, Meter(), say=self.said.append)
         made.measure()
         assert self.compiled == []
         return made
