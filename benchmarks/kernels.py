@@ -153,10 +153,10 @@ def grouped(params: list[Any], count: int) -> list[dict[str, Any]]:
 ADAM_LIMIT: dict[StateLayout, float] = {"fp32": 2e-3, "bf16": 0.01, "8bit": 0.1}
 
 
-def check_adam(layout: StateLayout, device: str = "cuda") -> None:
+def check_adam(layout: StateLayout) -> None:
     """Refuses a layout whose first steps differ from torch AdamW's by more than its rounding."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (1, 63, 5000, 100_003)]
+    ours = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (1, 63, 5000, 100_003)]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     pair = FusedAdam(grouped(ours, 2), state_layout=layout), torch.optim.AdamW(grouped(theirs, 2))
     for _ in range(3):

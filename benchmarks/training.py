@@ -48,6 +48,7 @@ from fastft.config import OptimConfig, ScheduleConfig, parse_bytes
 from fastft.errors import PlanError
 from fastft.memory.budget import GIB, budget_bytes, enforce
 from fastft.memory.plan import make_plan, measure_costs
+from fastft.memory.rehearsal import free_cached
 from fastft.memory.solve import peak_bytes
 from fastft.profiling.flops import peak_flops
 from fastft.runtime import environment
@@ -245,8 +246,7 @@ class Records:
         print({k: v for k, v in row.items() if k != "benchmark"}, flush=True)
         with self._out.open("a") as lines:
             lines.write(json.dumps({**row, **self._stamp}) + "\n")
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_cached()
 
     def _compare(self, row: dict[str, Any]) -> None:
         self._same = self._same or row["same"]
@@ -282,15 +282,14 @@ def within_budget(
     enforce(limit, DEVICE)
     # A run plans before its optimizer has any state; made under another plan, it lies elsewhere.
     step.optimizer.forget()
-    gc.collect()
-    torch.cuda.empty_cache()
     began = time.perf_counter()
     try:
         plan = make_plan(step, forwards, batches, limit, Console(width=150))
     except PlanError as error:
         print(budget, error, flush=True)
     else:
-        torch.cuda.empty_cache()
+        # As in a run.
+        free_cached()
         predicted, modelled, rehearsed = (
             plan.predicted_bytes,
             plan.predicted_seconds,
