@@ -8,11 +8,9 @@ import argparse
 import datetime
 import functools
 import gc
-import importlib
-import importlib.util
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,13 +21,12 @@ from fastft_kernels.adam_plan import StateLayout
 from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
 
 from benchmarks.attention import aurora_cases, bench_attention, swin_cases
+from benchmarks.norm_peers import FROM_TORCH, providers
 from benchmarks.sweep import BYTES, COLUMNS, ELEMENTS, make_params, model_shapes
 from benchmarks.timing import Timing, copy_bytes_per_us, time_device, time_host, time_replayed
 
 SMALL_ROWS = 4096
 SAMPLES = 16
-# Compiling takes longer than measuring; the other forms follow from these.
-COMPILED = ("layer_norm", "residual_layer_norm", "adaptive_layer_norm_residual")
 Function = Callable[..., Any]
 
 
@@ -61,51 +58,28 @@ class Records:
         print(f"{shown:58s} {timing.p50:10.1f} us  share {share:.3f}  {extra}", flush=True)
 
 
-def providers(case: OpCase) -> Iterator[tuple[str, Function, torch.dtype | None]]:
-    """(name, function, dtype of the parameters or None for what the catalog makes)."""
-    yield "fastft", case.op, None
-    if case.name == "layer_norm":
-        # What the peers get: they have no bf16 input with float32 weights.
-        yield "fastft, bf16 weights", case.op, torch.bfloat16
-    yield "eager", case.reference, torch.bfloat16
-    if case.name in COMPILED:
-        compiled = torch.compile(case.reference, fullgraph=True, dynamic=False)
-        yield "compile", compiled, torch.bfloat16
-    if case.name == "layer_norm":
-        early = torch.compile(
-            case.reference, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True}
-        )
-        yield "compile, early launch", early, torch.bfloat16
-        yield "compile, fp32 weights", torch.compile(_autocast_norm, dynamic=False), None
-    if case.name == "layer_norm" and importlib.util.find_spec("liger_kernel"):
-        liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-        yield "liger", lambda x, w, b: liger.apply(x, w, b, 1e-5), torch.bfloat16
-
-
-def _autocast_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Layer norm of a bf16 tensor with float32 weights, as autocast and the next cast make it."""
-    y = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias)
-    return y.to(x.dtype)
-
-
-def check(case: OpCase, columns: int) -> None:
-    """Refuses an op whose error against float64 is more than twice the eager one, plus rounding."""
-    inputs = list(case.make_inputs((4, 129, columns), torch.bfloat16, torch.device("cuda")))
-    grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(case.op(*inputs))]
+def is_right(case: OpCase, function: Function, dtype: torch.dtype | None, columns: int) -> bool:
+    """Whether the error against float64 is at most twice the eager one, plus rounding."""
+    inputs = make_inputs(case, dtype, (SAMPLES, SMALL_ROWS // SAMPLES, columns))
+    grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(function(*inputs))]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     truths = values_and_grads(case.reference, doubles, grads)
-    eager, fused = (values_and_grads(f, inputs, grads) for f in (case.reference, case.op))
-    for got, plain, truth in zip(fused, eager, truths, strict=True):
+    eager, found = (values_and_grads(f, inputs, grads) for f in (case.reference, function))
+    for got, plain, truth in zip(found, eager, truths, strict=True):
         allowed = 2 * (plain - truth).norm() + 2.0**-8 * truth.norm()
         if not (got - truth).norm() <= allowed:
-            raise SystemExit(f"{case.name}: wrong at N = {columns}; not timed")
+            return False
+    return True
+
+
+def make_inputs(case: OpCase, dtype: torch.dtype | None, shape: tuple[int, ...]) -> list[Any]:
+    inputs = case.make_inputs(shape, torch.bfloat16, torch.device("cuda"))
+    return [x if dtype is None else x.detach().to(dtype).requires_grad_() for x in inputs]
 
 
 def norm_call(case: OpCase, function: Function, dtype: Any, shape: Any, direction: str) -> Any:
     """Nothing but the op's own launches, on fresh random inputs."""
-    inputs = case.make_inputs(shape, torch.bfloat16, torch.device("cuda"))
-    if dtype is not None:
-        inputs = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
+    inputs = make_inputs(case, dtype, shape)
     if direction == "forward":
         return lambda: function(*inputs)
     outputs = as_tuple(function(*inputs))
@@ -120,11 +94,16 @@ def bench_norms(
     for case, columns in itertools.product(CATALOG, widths):
         if case.name not in ops or (rows is not None and case.name != "layer_norm"):
             continue
-        check(case, columns)
         total = rows or ELEMENTS // columns
         shape = (SAMPLES, total // SAMPLES, columns)
         torch._dynamo.reset()
         for name, function, dtype in providers(case):
+            if name not in FROM_TORCH and not is_right(case, function, dtype, columns):
+                message = f"{case.name}, {name}: wrong at N = {columns}; not timed"
+                if function is case.op:
+                    raise SystemExit(message)
+                print(message, flush=True)
+                continue
             for direction in ("forward", "backward"):
                 count = case.forward_tensors if direction == "forward" else case.backward_tensors
                 moved = 2 * count * total * columns
@@ -196,7 +175,7 @@ def bench_adam(records: Records) -> None:
         what = {"op": "adam", "state": layout, "groups": count, "monitor": monitor}
         step()
         state = [t for s in optimizer.state.values() for t in s.values()]
-        host = time_host(optimizer.step, before=schedule)
+        host = time_host(optimizer.step, repeats=101, before=schedule)
         more = {"host_us": host, "state_bytes": sum(t.nbytes for t in state) / size}
         moved = BYTES[layout] * size
         records.add({**what, "provider": "fastft"}, time_device(step), moved, **more)

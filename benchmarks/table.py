@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, PLOT = ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "results" / "layer_norm.png"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PROVIDERS = ("fastft", "fastft, bf16 weights", "eager", "compile", "compile, early launch")
-PROVIDERS += ("compile, fp32 weights", "liger")
+PROVIDERS += ("compile, fp32 weights", "liger", "quack", "quack, tuned")
 ATTENTION = ("fastft", "torch", "torch.compile")
 Record = dict[str, Any]
 
@@ -124,7 +124,7 @@ def plot(records: list[Record]) -> None:
         axis.axhline(1.0, color="grey", linewidth=0.8)
     axes[0].set(ylabel="share of a copy", ylim=(0, 1.1))
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(PROVIDERS))
     figure.savefig(PLOT, dpi=120)
 
 
