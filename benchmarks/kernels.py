@@ -1,7 +1,7 @@
 """Times the catalog's ops, attention, Adam and the gradient norm, beside their peers.
 
 Usage: python -m benchmarks.kernels OUT.jsonl [norms small attention swin adam gradient]
-    [--ops layer_norm ...] [--columns 8192 ...]
+    [--ops layer_norm ...] [--columns 8192 ...] [--search]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from fastft_kernels import FusedAdam, GradientNorm
 from fastft_kernels.adam_plan import StateLayout
 from fastft_kernels.catalog import CATALOG, OpCase, as_tuple, values_and_grads
 
+from benchmarks.adam_peers import LIMIT, adam_is_right, adam_peers, grouped
 from benchmarks.attention import aurora_cases, bench_attention, swin_cases
 from benchmarks.norm_peers import FROM_TORCH, providers
 from benchmarks.sweep import BYTES, COLUMNS, ELEMENTS, make_params, model_shapes
@@ -58,7 +59,9 @@ class Records:
         print(f"{shown:58s} {timing.p50:10.1f} us  share {share:.3f}  {extra}", flush=True)
 
 
-def is_right(case: OpCase, function: Function, dtype: torch.dtype | None, columns: int) -> bool:
+def norm_is_right(
+    case: OpCase, function: Function, dtype: torch.dtype | None, columns: int
+) -> bool:
     """Whether the error against float64 is at most twice the eager one, plus rounding."""
     inputs = make_inputs(case, dtype, (SAMPLES, SMALL_ROWS // SAMPLES, columns))
     grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(function(*inputs))]
@@ -88,7 +91,7 @@ def norm_call(case: OpCase, function: Function, dtype: Any, shape: Any, directio
 
 
 def bench_norms(
-    records: Records, rows: int | None, ops: Sequence[str], widths: Sequence[int]
+    records: Records, rows: int | None, ops: Sequence[str], widths: Sequence[int], search: bool
 ) -> None:
     """Large: 2^28 elements. Small: a micro-batch of `rows` rows, replayed from a CUDA graph."""
     for case, columns in itertools.product(CATALOG, widths):
@@ -97,8 +100,8 @@ def bench_norms(
         total = rows or ELEMENTS // columns
         shape = (SAMPLES, total // SAMPLES, columns)
         torch._dynamo.reset()
-        for name, function, dtype in providers(case):
-            if name not in FROM_TORCH and not is_right(case, function, dtype, columns):
+        for name, function, dtype in providers(case, search=search):
+            if name not in FROM_TORCH and not norm_is_right(case, function, dtype, columns):
                 message = f"{case.name}, {name}: wrong at N = {columns}; not timed"
                 if function is case.op:
                     raise SystemExit(message)
@@ -120,35 +123,6 @@ def bench_norms(
                 gc.collect()
 
 
-def grouped(params: list[Any], count: int) -> list[dict[str, Any]]:
-    return [
-        {"params": params[i::count], "lr": 1e-4 * 0.99**i, "weight_decay": 0.1 * (i % 2)}
-        for i in range(count)
-    ]
-
-
-# Of the learning rate, by how much three steps may differ from torch's, on average: by an ulp each
-# with moments in float32, by what rounding does in fewer bits.
-ADAM_LIMIT: dict[StateLayout, float] = {"fp32": 2e-3, "bf16": 0.01, "8bit": 0.1}
-
-
-def check_adam(layout: StateLayout) -> None:
-    """Refuses a layout whose first steps differ from torch AdamW's by more than its rounding."""
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (1, 63, 5000, 100_003)]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    pair = FusedAdam(grouped(ours, 2), state_layout=layout), torch.optim.AdamW(grouped(theirs, 2))
-    for _ in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        for optimizer in pair:
-            optimizer.step()
-    apart = torch.cat([(p - q).abs() for p, q in zip(ours, theirs, strict=True)]).mean() / 1e-4
-    if not apart <= ADAM_LIMIT[layout]:
-        raise SystemExit(f"adam, {layout} state: wrong; not timed")
-
-
 def bench_adam(records: Records) -> None:
     params = make_params(model_shapes())
     size = sum(p.numel() for p in params)
@@ -159,8 +133,9 @@ def bench_adam(records: Records) -> None:
         ("bf16", 1),
         ("8bit", 1),
     ]
-    for layout in ADAM_LIMIT:
-        check_adam(layout)
+    for layout in LIMIT:
+        if not adam_is_right(functools.partial(FusedAdam, state_layout=layout), layout):
+            raise SystemExit(f"adam, {layout} state: wrong; not timed")
     for monitor, (layout, count) in [(False, s) for s in settings] + [(True, ("fp32", 1))]:
         optimizer: Any = FusedAdam(grouped(params, count), state_layout=layout, monitor=monitor)
 
@@ -181,13 +156,15 @@ def bench_adam(records: Records) -> None:
         records.add({**what, "provider": "fastft"}, time_device(step), moved, **more)
         del optimizer, schedule, step, state
         gc.collect()
-    for name, count in (("fused", 1), ("fused", 28), ("fused", 300), ("foreach", 1)):
-        fused = name == "fused"
-        plain = torch.optim.AdamW(grouped(params, count), fused=fused, foreach=not fused)
-        what = {"op": "adam", "state": "fp32", "groups": count, "monitor": False}
+    for name, layout, count, make in adam_peers():
+        if not adam_is_right(make, layout):
+            print(f"adam, {layout} state, {name}: wrong; not timed", flush=True)
+            continue
+        plain = make(grouped(params, count))
+        what = {"op": "adam", "state": layout, "groups": count, "monitor": False}
         timing = time_device(plain.step, repeats=10, warmup=2)
         host = time_host(plain.step, repeats=5)
-        records.add({**what, "provider": f"torch {name}"}, timing, 28 * size, host_us=host)
+        records.add({**what, "provider": name}, timing, BYTES[layout] * size, host_us=host)
         del plain
         gc.collect()
 
@@ -236,8 +213,9 @@ def main() -> None:
     )
     parser.add_argument("--ops", nargs="*", choices=names, default=names, help="of the norms")
     parser.add_argument("--columns", nargs="*", type=int, default=COLUMNS, help="of the norms")
+    parser.add_argument("--search", action="store_true", help="quack's schedules, for minutes")
     arguments = parser.parse_args()
-    chosen = arguments.ops, arguments.columns
+    chosen = arguments.ops, arguments.columns, arguments.search
     parts: dict[str, Callable[[Records], None]] = {
         "adam": bench_adam,
         "attention": lambda records: bench_attention(records, aurora_cases()),

@@ -15,8 +15,12 @@ FROM_TORCH = ("eager", "compile", "compile, early launch", "compile, fp32 weight
 Provider = tuple[str, Callable[..., Any], torch.dtype | None]
 
 
-def providers(case: OpCase) -> Iterator[Provider]:
-    """(name, function, dtype of the parameters or None for what the catalog makes)."""
+def providers(case: OpCase, *, search: bool) -> Iterator[Provider]:
+    """(name, function, dtype of the parameters or None for what the catalog makes).
+
+    search: also the fastest of quack's schedules, which it tries for minutes at each width; beyond
+        4,096 columns it tries some that need more shared memory than there is, and ends.
+    """
     yield "fastft", case.op, None
     if case.name == "layer_norm":
         # What most peers get: they have no bf16 input with float32 weights.
@@ -31,17 +35,18 @@ def providers(case: OpCase) -> Iterator[Provider]:
         )
         yield "compile, early launch", early, torch.bfloat16
         yield "compile, fp32 weights", torch.compile(_autocast_norm, dynamic=False), None
-        yield from _installed()
+        yield from _installed(search)
 
 
-def _installed() -> Iterator[Provider]:
+def _installed(search: bool) -> Iterator[Provider]:
     """The libraries that are there; quack takes float32 weights only."""
     if importlib.util.find_spec("liger_kernel"):
         liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
         yield "liger", lambda x, w, b: liger.apply(x, w, b, 1e-5), torch.bfloat16
     if importlib.util.find_spec("quack"):
         yield "quack", lambda x, w, b: _Quack.apply(x, w, b, False), None
-        yield "quack, tuned", lambda x, w, b: _Quack.apply(x, w, b, True), None
+        if search:
+            yield "quack, tuned", lambda x, w, b: _Quack.apply(x, w, b, True), None
 
 
 def _autocast_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

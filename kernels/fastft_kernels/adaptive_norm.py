@@ -204,9 +204,10 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         return
     samples, length = len(scale), len(rows) // len(scale)
     wide = max(scale.element_size(), shift.element_size())
-    schedule = forward_schedule(columns, len(rows), wide, x.device, alone=False)
-    if schedule.chunk:
+    if wide > 2 and columns > 4096:
         schedule = persistent_schedule(columns, element_bytes(x, residual), x.device)
+    else:
+        schedule = forward_schedule(columns, len(rows), wide, x.device, alone=False)
     launch(
         _forward_kernel,
         (_programs(schedule, length, samples, x.device), samples),

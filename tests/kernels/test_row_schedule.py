@@ -20,14 +20,19 @@ def test_programs_never_outnumber_tiles():
     assert programs_per_sample(132, 7, 0) == 1
 
 
-def test_long_rows_take_more_warps_where_memory_is_slower(monkeypatch):
-    def chosen(columns: int) -> tuple[int, int]:
-        found = forward_schedule(columns, 10**6, 4, torch.device("cpu"), alone=True)
-        return found.warps, found.chunk
+def test_long_rows_have_schedules_of_the_card(monkeypatch):
+    def chosen(columns: int, weight_bytes: int = 4, *, alone: bool = True) -> tuple[int, ...]:
+        cpu = torch.device("cpu")
+        found = forward_schedule(columns, 10**6, weight_bytes, cpu, alone=alone)
+        return found.rows, found.warps, found.chunk
 
-    assert [chosen(n) for n in (8192, 16384)] == [(8, 2048)] * 2
+    assert [chosen(n) for n in (8192, 16384)] == [(1, 8, 2048)] * 2
+    assert chosen(8192, alone=False) == (1, 8, 2048)
+    assert [chosen(n, 2) for n in (8192, 12288, 16384)] == [(2, 8, 0), (1, 16, 0), (2, 16, 0)]
     monkeypatch.setattr("fastft_kernels.row_schedule.memory_bandwidth", lambda device: 3.4e12)
-    assert [chosen(n) for n in (5000, 8192, 16384)] == [(16, 2048), (16, 2048), (16, 4096)]
+    assert [chosen(n) for n in (5000, 8192, 16384)] == [(1, 16, 2048)] * 2 + [(1, 16, 4096)]
+    assert [chosen(n, alone=False) for n in (8192, 16384)] == [(1, 8, 0), (1, 16, 0)]
+    assert [chosen(n, 2) for n in (8192, 12288, 16384)] == [(1, 8, 0), (1, 16, 0), (2, 16, 0)]
 
 
 # Of an H100, of an A100, and of smaller GPUs.
