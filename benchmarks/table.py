@@ -102,29 +102,32 @@ def optimizer_tables(records: list[Record]) -> list[str]:
     return ["", *table(header, rows)] if rows else []
 
 
-def plot(records: list[Record]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        for colour, provider in enumerate(PROVIDERS):
-            points = sorted(
-                (r["columns"], r["share"])
-                for r in records
-                if r.get("direction") == direction
-                and (r["op"], r["provider"]) == ("layer_norm", provider)
-                and r["rows"] != 4096
-            )
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), marker="o", color=f"C{colour}", label=provider
+def plot(by_card: dict[str, list[Record]]) -> None:
+    """A row of two plots for each card, forward and backward."""
+    size = 11, 4 * len(by_card) + 0.8
+    figure, axes = plt.subplots(len(by_card), 2, figsize=size, sharey=True, squeeze=False)
+    shown = {}
+    for pair, (card, records) in zip(axes, by_card.items(), strict=True):
+        pair[0].set(ylabel="share of a copy", ylim=(0, 1.1))
+        for axis, direction in zip(pair, ("forward", "backward"), strict=True):
+            for colour, provider in enumerate(PROVIDERS):
+                points = sorted(
+                    (r["columns"], r["share"])
+                    for r in records
+                    if r.get("direction") == direction
+                    and (r["op"], r["provider"]) == ("layer_norm", provider)
+                    and r["rows"] != 4096
                 )
-        axis.set_xscale("log", base=2)
-        title = f"layer norm {direction}, bf16, 2^28 elements, {records[0]['device']}"
-        axis.set(xlabel="N", title=title)
-        axis.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-    axes[0].set(ylabel="share of a copy", ylim=(0, 1.1))
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(PROVIDERS))
+                if points:
+                    style = {"marker": "o", "color": f"C{colour}", "label": provider}
+                    (shown[provider],) = axis.plot(*zip(*points, strict=True), **style)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1024", "2048", "4096", "8192"])
+            axis.set(xlabel="N", title=f"{direction}, {card}")
+            axis.axhline(1.0, color="grey", linewidth=0.8)
+    figure.suptitle("layer norm, bf16, 2^28 elements")
+    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
+    figure.legend(shown.values(), shown, loc="lower center", ncols=5)
     figure.savefig(PLOT, dpi=120)
 
 
@@ -152,7 +155,7 @@ def main() -> None:
     text = README.read_text()
     head, rest = text.split(BEGIN)
     README.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))
-    plot(next(iter(by_card.values())))
+    plot(by_card)
 
 
 if __name__ == "__main__":
