@@ -60,10 +60,10 @@ class Records:
 
 
 def norm_is_right(
-    case: OpCase, function: Function, dtype: torch.dtype | None, columns: int
+    case: OpCase, function: Function, dtype: torch.dtype | None, shape: tuple[int, ...]
 ) -> bool:
     """Whether the error against float64 is at most twice the eager one, plus rounding."""
-    inputs = make_inputs(case, dtype, (SAMPLES, SMALL_ROWS // SAMPLES, columns))
+    inputs = make_inputs(case, dtype, shape)
     grads = [torch.randn_like(y, dtype=torch.float32) for y in as_tuple(function(*inputs))]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     truths = values_and_grads(case.reference, doubles, grads)
@@ -100,8 +100,8 @@ def bench_norms(
         total = rows or ELEMENTS // columns
         shape = (SAMPLES, total // SAMPLES, columns)
         torch._dynamo.reset()
-        for name, function, dtype in providers(case, search=search):
-            if name not in FROM_TORCH and not norm_is_right(case, function, dtype, columns):
+        for name, function, dtype in providers(case, columns, search=search):
+            if name not in FROM_TORCH and not norm_is_right(case, function, dtype, shape):
                 message = f"{case.name}, {name}: wrong at N = {columns}; not timed"
                 if function is case.op:
                     raise SystemExit(message)

@@ -36,10 +36,9 @@ from fastft_kernels.norm_formulas import plain_adaptive_backward, statistics
 from fastft_kernels.partial_sums import sum_partials
 from fastft_kernels.row_schedule import (
     Schedule,
+    adaptive_schedule,
     backward_schedule,
     element_bytes,
-    forward_schedule,
-    persistent_schedule,
     programs_per_sample,
 )
 
@@ -204,10 +203,8 @@ def _launch_forward(x, scale, shift, residual, eps, out) -> None:
         return
     samples, length = len(scale), len(rows) // len(scale)
     wide = max(scale.element_size(), shift.element_size())
-    if wide > 2 and columns > 4096:
-        schedule = persistent_schedule(columns, element_bytes(x, residual), x.device)
-    else:
-        schedule = forward_schedule(columns, len(rows), wide, x.device, alone=False)
+    each = element_bytes(x, residual)
+    schedule = adaptive_schedule(columns, len(rows), wide, each, x.device)
     launch(
         _forward_kernel,
         (_programs(schedule, length, samples, x.device), samples),

@@ -148,8 +148,8 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 class RepeatedLaunch:
     """A launch made at every step, with arguments of the same dtypes and alignment each time.
 
-    Triton finds the compiled kernel by all arguments of each call, and asks the driver of each
-    tensor's address, which takes a host longer than to launch it; here that is done once.
+    Triton finds the compiled kernel by all arguments of each call, which takes a host longer than
+    to launch it; here that is done once.
 
     Args:
         moved_bytes: what profiles show of a kernel that goes by tables of addresses; of others they
@@ -168,27 +168,19 @@ class RepeatedLaunch:
     ) -> None:
         self._kernel, self._grid, self._device = kernel, (programs, 1, 1), device
         self._warps, self._moved_bytes, self._constants = num_warps, moved_bytes, options
-        self._run: Any = None
+        self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> None:
         """Everything but the constants, in the kernel's order."""
         seen = _seen_by_profiler(self._kernel, arguments, self._moved_bytes)
         with _current(self._device), seen:
-            if self._run is not None:
-                self._run(*map(_address, arguments), *self._constants.values())
+            if self._compiled is not None:
+                self._compiled[self._grid](*arguments, *self._constants.values())
                 return
-            compiled = self._kernel[self._grid](
+            # None under the interpreter.
+            self._compiled = self._kernel[self._grid](
                 *arguments, **self._constants, num_warps=self._warps
             )
-            # The interpreter has none.
-            if compiled is not None:
-                self._run = compiled[self._grid]
-
-
-def _address(argument: Any) -> Any:
-    """Of a tensor on the GPU; Triton looks at others itself, and refuses what it cannot reach."""
-    on_gpu = isinstance(argument, torch.Tensor) and argument.is_cuda
-    return argument.data_ptr() if on_gpu else argument
 
 
 def as_rows(x: torch.Tensor, columns: int) -> torch.Tensor:

@@ -1,6 +1,11 @@
 import pytest
 import torch
-from fastft_kernels.row_schedule import backward_schedule, forward_schedule, programs_per_sample
+from fastft_kernels.row_schedule import (
+    adaptive_schedule,
+    backward_schedule,
+    forward_schedule,
+    programs_per_sample,
+)
 
 KIB = 1024
 
@@ -28,11 +33,19 @@ def test_long_rows_have_schedules_of_the_card(monkeypatch):
 
     assert [chosen(n) for n in (8192, 16384)] == [(1, 8, 2048)] * 2
     assert chosen(8192, alone=False) == (1, 8, 2048)
-    assert [chosen(n, 2) for n in (8192, 12288, 16384)] == [(2, 8, 0), (1, 16, 0), (2, 16, 0)]
+    assert [chosen(n, 2) for n in (8192, 12288, 16384)] == [(2, 8, 0)] + [(1, 16, 0)] * 2
     monkeypatch.setattr("fastft_kernels.row_schedule.memory_bandwidth", lambda device: 3.4e12)
     assert [chosen(n) for n in (5000, 8192, 16384)] == [(1, 16, 2048)] * 2 + [(1, 16, 4096)]
     assert [chosen(n, alone=False) for n in (8192, 16384)] == [(1, 8, 0), (1, 16, 0)]
     assert [chosen(n, 2) for n in (8192, 12288, 16384)] == [(1, 8, 0), (1, 16, 0), (2, 16, 0)]
+
+
+def test_long_rows_with_a_wide_modulation_share_it():
+    def chosen(columns: int, modulation_bytes: int) -> int:
+        cpu = torch.device("cpu")
+        return adaptive_schedule(columns, 10**6, modulation_bytes, 4, cpu).programs_per_sm
+
+    assert [chosen(4096, 4), chosen(5000, 4), chosen(5000, 2)] == [0, 16, 0]
 
 
 # Of an H100, of an A100, and of smaller GPUs.

@@ -96,16 +96,17 @@ def test_rates_in_the_report(trace: Any, gpu_run: RunFacts) -> None:
 
 
 class Kernel:
-    """In the place of a Triton kernel."""
+    """In the place of a Triton kernel, and of what it is compiled to."""
 
     __name__ = "_some_kernel"
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls: list[tuple[object, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def call(*arguments: object, **options: object) -> None:
-            self.calls += 1
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., "Kernel"]:
+        def call(*arguments: object, **options: object) -> "Kernel":
+            self.calls.append((*arguments, *options.values()))
+            return self
 
         return call
 
@@ -121,11 +122,15 @@ def test_launches_are_operators_while_a_profiler_runs(tmp_path: Path) -> None:
         launch(kernel, (1,), cpu, x, table)
         launch(kernel, (1,), cpu, x, table, moved_bytes=1000)
         RepeatedLaunch(kernel, 1, cpu)(x)
-        RepeatedLaunch(kernel, 1, cpu, moved_bytes=2000)(x, table)
+        repeated = RepeatedLaunch(kernel, 1, cpu, moved_bytes=2000, BLOCK=16)
+        repeated(x, table)
+        repeated(table, x)
 
     found = recorded(case, tmp_path, kernel.__name__)
-    assert found == [4 * 32 + 4 * 8, 1000, 4 * 32, 2000]
-    assert kernel.calls == 6
+    assert found == [4 * 32 + 4 * 8, 1000, 4 * 32, 2000, 2000]
+    assert len(kernel.calls) == 7
+    # Compiled once; from then on constants follow the other arguments, and warps are known.
+    assert kernel.calls[-2:] == [(x, table, 16, 4), (table, x, 16)]
 
 
 @pytest.mark.parametrize("kernel_path", ["interpreter"], indirect=True)
