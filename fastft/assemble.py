@@ -10,7 +10,7 @@ from rich.console import Console
 from fastft.adapters.registry import find_adapter
 from fastft.blocks import BlockForwards, compile_task
 from fastft.checkpoint import Weights, load_weights, read_weights, start_as
-from fastft.config import LossConfig, RunConfig
+from fastft.config import LossConfig, RunConfig, random_heads
 from fastft.data import SourceLoader, check_data, describe_findings, open_evaluation
 from fastft.errors import ConfigError
 from fastft.finetune import apply_method, staged_names
@@ -39,7 +39,7 @@ def assemble(
     # A strict load fills the whole model, so nothing need be fetched before it.
     fetch = pretrained and (path is None or not config.model.strict)
     task, adapter = _build(config, device, pretrained=fetch)
-    random = [name for name, head in heads.items() if head.init == "random"]
+    random = random_heads(heads)
     if task.pretrained and random:
         fresh, _ = _build(config, torch.device("cpu"), pretrained=False)
         start_as(task.model, fresh.model, random)

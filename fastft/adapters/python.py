@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 
 from fastft.adapters.criterion import refuse_terms
 from fastft.adapters.unused import unused_weights
-from fastft.config import DataConfig, DataSource, NewHead
+from fastft.config import DataConfig, DataSource, NewHead, random_heads
 from fastft.errors import AdapterError, ConfigError, DataError
 from fastft.portable import write_portable
 from fastft.runfile import parse
@@ -157,7 +157,7 @@ class FileAdapter:
 
     def _heads_as_built(self) -> list[str]:
         """Says so where new heads are at random only if `build` has them so."""
-        random = [name for name, head in self._new_heads.items() if head.init == "random"]
+        random = random_heads(self._new_heads)
         if not random:
             return []
         return [

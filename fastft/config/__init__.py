@@ -26,7 +26,14 @@ from fastft.config.loss import (
     PythonLoss,
 )
 from fastft.config.memory import MemoryConfig, parse_bytes
-from fastft.config.model import FinetuneConfig, LoraConfig, ModelConfig, NewHead, Unfreeze
+from fastft.config.model import (
+    FinetuneConfig,
+    LoraConfig,
+    ModelConfig,
+    NewHead,
+    Unfreeze,
+    random_heads,
+)
 from fastft.config.optim import OptimConfig, ParameterRule, ScheduleConfig
 from fastft.config.profile import ProfileConfig
 from fastft.config.training import (
@@ -79,6 +86,7 @@ __all__ = [
     "Unfreeze",
     "ZClipConfig",
     "parse_bytes",
+    "random_heads",
 ]
 
 

@@ -1,5 +1,6 @@
 """What is fine-tuned: the model, its checkpoint, and what of it is trained."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,11 @@ class NewHead:
     source: Annotated[
         str | None, describe("With 'inherit': module name in the checkpoint to copy from.")
     ] = None
+
+
+def random_heads(new_heads: Mapping[str, NewHead]) -> list[str]:
+    """Names of those that start at random."""
+    return [name for name, head in new_heads.items() if head.init == "random"]
 
 
 @dataclass(frozen=True, kw_only=True, config=strict)

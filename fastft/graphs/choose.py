@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from fastft.memory import (
     try_rehearsal,
 )
 from fastft.memory.meter import DeviceMeter, Meter
+from fastft.memory.rehearsal import free_cached
 from fastft.step import TrainingStep
 from fastft.task import Batch
 
@@ -116,8 +116,7 @@ def _capture_on_gpu(
             )
         except torch.OutOfMemoryError:
             decision = f"not used, because {TOO_LITTLE_MEMORY}"
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_cached()
     enforced_limit(config.memory, device)
     return decision
 

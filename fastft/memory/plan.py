@@ -164,9 +164,9 @@ def make_plan(
             raise PlanError(nothing_fits(step, None, batches, limit))
         console.print("memory: keeping everything does not fit; measuring what recomputing costs")
     for offload in (False, True):
-        free_cached()
         best, measured = None, None if offload else costs
         if measured is None:
+            free_cached()
             # Its frames hold activations, so nothing is done in a handler.
             with contextlib.suppress(torch.OutOfMemoryError):
                 measured = measure_costs(

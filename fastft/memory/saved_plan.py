@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fastft.atomic import write_file_atomically
@@ -66,9 +66,11 @@ def load_plan(path: Path, forwards: BlockForwards) -> Plan:
         ways = plan.ways
         if not (isinstance(ways, dict) and all(isinstance(way, str) for way in ways.values())):
             raise TypeError("its ways must be names of ways by block")
-        for name, value in {**vars(plan), "ways": 0}.items():
-            if value is not getattr(Plan, name, 0) and not isinstance(value, int | float):
-                raise TypeError(f"'{name}' must be a number; got {value!r}")
+        for field in fields(plan):
+            value = getattr(plan, field.name)
+            is_number = isinstance(value, int | float)
+            if field.name != "ways" and not is_number and value is not field.default:
+                raise TypeError(f"'{field.name}' must be a number; got {value!r}")
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(
             f"{path}: must be a plan.json that fastft wrote; {error}; delete it for a new plan"

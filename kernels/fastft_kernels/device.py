@@ -17,7 +17,7 @@ HEAD_COLUMNS = (16, 32, 64, 128)
 
 # As it was when the kernels were decorated; setting the variable later changes nothing.
 _INTERPRETED = bool(knobs.runtime.interpret)
-_UNSEEN = contextlib.nullcontext()
+_NOTHING = contextlib.nullcontext()
 _interpreting = False
 _pretending = False
 
@@ -129,20 +129,20 @@ def _seen_by_profiler(
     operator.
     """
     if not profiler._is_profiler_enabled:
-        return _UNSEEN
+        return _NOTHING
     told = {"bytes": moved_bytes, "flops": flops}
     told = {name: value for name, value in told.items() if value is not None}
     if moved_bytes is not None:
         return _RecordFunctionFast(kernel.__name__, (), told)
     tensors = {id(t): t for t in arguments if isinstance(t, torch.Tensor)}.values()
     if any(tensor.dtype is torch.int64 for tensor in tensors):
-        return _UNSEEN
+        return _NOTHING
     return _RecordFunctionFast(kernel.__name__, tuple(tensors), told)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+    return torch.cuda.device(device) if elsewhere else _NOTHING
 
 
 class RepeatedLaunch:

@@ -62,9 +62,9 @@ def forward_schedule(
     """
     block = next_power_of_2(columns)
     few = rows * block < 16 * multiprocessors(device) * 8192
-    fast = memory_bandwidth(device) > 4e12
     if few and block <= 512:
         return Schedule(rows=1024 // block, warps=2)
+    fast = memory_bandwidth(device) > 4e12
     if weight_bytes <= 2:
         # On an H100 rows of 16,384 take 464 us one by one, 362 in pairs; of 12,288 358 and 380.
         if alone and (block == 8192 if fast else columns == 16384):

@@ -17,6 +17,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastft_kernels.device import ceil_div
+
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -66,7 +68,7 @@ class HostNumbers:
     def __init__(self, count: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         # Every slot begins at an aligned address.
-        width = -(-count // 16) * 16
+        width = ceil_div(count, 16) * 16
         idle = self._idle[width, device]
         slots = idle.pop() if idle else None
         if slots is None:
@@ -172,7 +174,7 @@ class ChunkTable:
         order = range(len(numels)) if order is None else order
         permutation = torch.tensor(list(order), dtype=torch.int64)
         self.chunk = chunk
-        self.counts = [-(-numels[i] // chunk) for i in order]
+        self.counts = [ceil_div(numels[i], chunk) for i in order]
         counts = torch.tensor(self.counts, dtype=torch.int64)
         tensor = torch.repeat_interleave(permutation, counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)

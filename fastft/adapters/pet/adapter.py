@@ -38,7 +38,7 @@ from fastft.adapters.pet.targets import (
     unit_of,
 )
 from fastft.adapters.pet.unit_checks import Reference
-from fastft.config import DataConfig, DataSource, ModelConfig, NewHead
+from fastft.config import DataConfig, DataSource, ModelConfig, NewHead, random_heads
 from fastft.task import (
     Conversion,
     Criterion,
@@ -92,7 +92,7 @@ class PetAdapter:
 
     def expect(self, data: DataConfig, new_heads: Mapping[str, NewHead]) -> None:
         """The run's targets are those of its data sets; heads at random have no old potential."""
-        self._random = [name for name, head in new_heads.items() if head.init == "random"]
+        self._random = random_heads(new_heads)
         self.targets = find_targets(self.options, data)
 
     def build(
